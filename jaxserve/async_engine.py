@@ -1,0 +1,193 @@
+"""AsyncEngine: one thread drives the engine; each request is an asyncio stream of its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.errors import EngineDeadError
+from jaxserve.metrics import Observer
+from jaxserve.outputs import RequestOutput
+from jaxserve.programs import Progress
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.startup import build_engine
+
+if TYPE_CHECKING:
+    from jaxserve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class RequestStream:
+    """The outputs of one request, as they come; ends after the finished one."""
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._abort = abort
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        output = await self._queue.get()
+        self._ended = output.finished
+        return output
+
+    def put(self, output: RequestOutput) -> None:
+        """Called on the stream's event loop."""
+        self._queue.put_nowait(output)
+
+    def abort(self) -> None:
+        """Ends the request and frees its pages before the next step is planned. May be called at any time, and again."""
+        if not self._ended:
+            self._ended = True
+            self._abort(self.request_id)
+
+
+class AsyncEngine:
+    """An Engine on a thread of its own.
+
+    Requests and aborts reach the thread between two steps, through a queue of calls.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, RequestStream] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._dead: str | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
+    ) -> Self:
+        """Loads and compiles; blocks until the engine is ready."""
+        return cls(build_engine(config, observer=observer, on_progress=on_progress))
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.engine.tokenizer
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        return self.engine.default_sampling
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can be served."""
+        return self._dead is None and self._thread is not None and self._thread.is_alive()
+
+    def describe(self) -> dict[str, str]:
+        """What start-up prints about the model and its pool."""
+        return self.engine.description
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        """Stops the thread, ends all streams and frees the device memory."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.engine.shutdown()
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+    ) -> RequestStream:
+        """Queues a prompt. Must be called on an event loop, where the stream's outputs then arrive.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError: at once.
+            EngineDeadError: the engine has stopped.
+        """
+        if not self.is_healthy:
+            raise EngineDeadError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}. Restart the server.")
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        self.engine.check(request_id, prompt_token_ids, params)
+        stream = RequestStream(request_id, asyncio.get_running_loop(), self._abort)
+        self._streams[request_id] = stream
+        self._call(lambda: self._add(request_id, prompt_token_ids, params, prompt))
+        return stream
+
+    # On the engine's thread
+
+    def _call(self, function: Callable[[], None]) -> None:
+        with self._wake:
+            self._calls.append(function)
+            self._wake.notify()
+
+    def _add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None) -> None:
+        if request_id in self._streams:  # else aborted before it began
+            self.engine.add_request(prompt_token_ids, params, request_id=request_id, prompt=prompt)
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._call(lambda: self.engine.abort(request_id))
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                while self._calls:
+                    self._calls.popleft()()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+        except BaseException as error:
+            log.exception("the engine has stopped")
+            self._dead = f"{type(error).__name__}: {error}"
+        finally:
+            reason = self._dead or "the engine is shut down"
+            while self._calls:
+                self._calls.popleft()()
+            self._deliver(self.engine.fail_all(reason))
+
+    def _wait_for_work(self) -> bool:
+        """Sleeps until there is something to do; False when it is time to stop."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._calls or self.engine.has_work)
+            return not self._stopping
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Hands outputs to their streams, with one call into each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+            if output.finished:
+                self._streams.pop(output.request_id, None)
+        for loop, items in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, items)
+
+
+def _put_all(items: list[tuple[RequestStream, RequestOutput]]) -> None:
+    for stream, output in items:
+        stream.put(output)

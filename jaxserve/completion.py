@@ -1,0 +1,96 @@
+"""From sampled tokens to what the user sees: end conditions, text, log probabilities. One Completion a Request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+Detokenizer = None
+from jaxserve.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
+from jaxserve.request import Request, RequestGroup, Status
+from jaxserve.sampling_params import OutputKind
+
+if TYPE_CHECKING:
+    from jaxserve.tokenizer import Tokenizer
+
+
+class Completion:
+    """The user's side of one Request."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        params = request.group.params
+        self.request = request
+        self._detokenizer = Detokenizer(tokenizer, params) if tokenizer is not None and params.detokenize else None
+        self._num_given = 0  # tokens that DELTA outputs have carried
+        self._changed = True
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Takes the next sampled token, and decides whether the request ends with it."""
+        request = self.request
+        request.token_ids.append(token_id)
+        self._changed = True
+        if logprobs is not None and request.logprobs is not None:
+            request.logprobs.append(logprobs)
+            request.cumulative_logprob += logprobs[token_id].logprob
+        params = request.group.params
+        at_stop_id = token_id in request.group.stop_ids and request.num_output_tokens > params.min_tokens
+        if self._detokenizer is not None and (not at_stop_id or params.include_stop_str_in_output):
+            matched = self._detokenizer.append([token_id])
+            if matched is not None and request.num_output_tokens >= params.min_tokens:
+                self.end("stop", matched)
+                return
+        if at_stop_id:
+            self.end("stop", token_id if token_id in params.stop_token_ids else None)
+        elif request.num_output_tokens >= request.group.max_output_tokens:
+            self.end("length")
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Marks the request as ended; the engine then takes it out of the scheduler."""
+        self.request.finish_reason = reason
+        self.request.stop_reason = stop_reason
+        self._changed = True
+        if self._detokenizer is not None:
+            self._detokenizer.finish()
+
+    def output(self) -> CompletionOutput | None:
+        """What there is to show; None where nothing is new under OutputKind.DELTA."""
+        request, kind = self.request, self.request.group.params.output_kind
+        start, text = 0, self._detokenizer.text if self._detokenizer is not None else ""
+        if kind is OutputKind.DELTA:
+            if not self._changed:
+                return None
+            start, self._num_given = self._num_given, request.num_output_tokens
+            text = self._detokenizer.take_delta() if self._detokenizer is not None else ""
+        self._changed = False
+        return CompletionOutput(
+            index=request.index,
+            text=text,
+            token_ids=request.token_ids[request.num_prompt_tokens + start :],
+            cumulative_logprob=None if request.logprobs is None else request.cumulative_logprob,
+            logprobs=None if request.logprobs is None else request.logprobs[start:],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+
+def group_output(group: RequestGroup, completions: dict[Request, Completion], error: str | None = None) -> RequestOutput | None:
+    """What a user's request has to show now; None where there is nothing."""
+    finished = all(r.finish_reason is not None for r in group.requests)
+    if group.params.output_kind is OutputKind.FINAL_ONLY and not finished:
+        return None
+    outputs = [output for r in group.requests if (output := completions[r].output()) is not None]
+    if not outputs and not finished:
+        return None
+    return RequestOutput(
+        request_id=group.request_id,
+        prompt=group.prompt,
+        prompt_token_ids=group.prompt_token_ids,
+        outputs=outputs,
+        finished=finished,
+        num_cached_tokens=group.requests[0].num_cached_tokens,
+        error=error,
+    )
+
+
+def is_live(request: Request) -> bool:
+    """Whether the request still wants tokens."""
+    return request.status is not Status.FINISHED and request.finish_reason is None

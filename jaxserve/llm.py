@@ -1,0 +1,153 @@
+"""LLM: generation inside a Python program. Submits all prompts at once and drives the engine to the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import InvalidRequestError
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.startup import build_engine
+
+Prompt = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": [...]}."""
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, as in OpenAI's chat API."""
+
+
+class LLM:
+    """A model ready to generate.
+
+    Example:
+        with LLM("smollm2") as llm:
+            print(llm.generate("The sky is", SamplingParams(max_tokens=8))[0].outputs[0].text)
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Loads the model and compiles its programs.
+
+        Args:
+            model: a folder, a .gguf file, hf:org/name, or a catalogue name.
+            options: the fields of jaxserve.config's dataclasses, e.g. max_model_len, dtype, tensor_parallel_size.
+
+        Raises:
+            ConfigError: an option is unknown or cannot work.
+            ModelLoadError: the model cannot be loaded.
+        """
+        self.engine = build_engine(EngineConfig.from_options(model=model, **options))
+        self._names = itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Frees the device memory; the LLM cannot be used afterwards."""
+        self.engine.shutdown()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own sampling defaults (its generation_config)."""
+        return SamplingParams.from_defaults(self.engine.default_sampling)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt.
+
+        Args:
+            prompts: one prompt, or several, which then run together.
+            sampling_params: for all prompts, or one for each; the model's defaults if not given.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output for each prompt, in their order.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError: nothing has been generated then.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = self._params(sampling_params, len(prompts))
+        return self._run([(*self._encode(p), s) for p, s in zip(prompts, params, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers each conversation, through the model's chat template. One conversation or several."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        params = self._params(sampling_params, len(conversations))
+        tokenizer = self._tokenizer("chat")
+        work = []
+        for conversation, s in zip(conversations, params, strict=True):
+            plain: list[dict[str, Any]] = [dict(m) for m in conversation]  # type: ignore[arg-type]
+            ids = tokenizer.apply_chat_template(
+                plain, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+            )
+            work.append((ids, None, s))
+        return self._run(work, use_tqdm)
+
+    def _tokenizer(self, purpose: str) -> Any:
+        if self.engine.tokenizer is None:
+            raise InvalidRequestError(f"{purpose} needs a tokenizer, and none is loaded; give prompt_token_ids to generate()")
+        return self.engine.tokenizer
+
+    def _encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+        if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            return list(prompt["prompt_token_ids"]), text
+        if not isinstance(text, str):
+            raise InvalidRequestError('a prompt is a string, {"prompt": text} or {"prompt_token_ids": [...]}', param="prompt")
+        return self._tokenizer("a text prompt").encode(text), text
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        params = [given] * count if isinstance(given, SamplingParams) else list(given)
+        if len(params) != count:
+            raise InvalidRequestError(f"{count} prompts need 1 or {count} sampling_params; got {len(params)}")
+        return [p.with_(output_kind=OutputKind.FINAL_ONLY) for p in params]
+
+    def _run(self, work: list[tuple[list[int], str | None, SamplingParams]], show_progress: bool) -> list[RequestOutput]:
+        ids: list[str] = []
+        try:
+            for token_ids, text, params in work:
+                name = f"llm-{next(self._names)}"
+                ids.append(self.engine.add_request(token_ids, params, request_id=name, prompt=text))
+            outputs = self._drive(len(ids), show_progress)
+        except BaseException:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            raise
+        return [outputs[request_id] for request_id in ids]
+
+    def _drive(self, total: int, show_progress: bool) -> dict[str, RequestOutput]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
+        outputs: dict[str, RequestOutput] = {}
+        num_tokens = 0
+        with Progress(*columns, disable=not show_progress) as progress:
+            task = progress.add_task("prompts", total=total, rate="")
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    outputs[output.request_id] = output
+                    num_tokens += sum(len(c.token_ids) for c in output.outputs)
+                    rate = num_tokens / max(progress.tasks[0].elapsed or 0, 1e-9)
+                    progress.update(task, advance=1, rate=f"{rate:,.1f} tokens/s")
+        return outputs

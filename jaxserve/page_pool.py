@@ -1,0 +1,65 @@
+"""The host side of the KV pool: which pages are free, and how many requests hold each. Knows no tokens and no device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+
+class PagePool:
+    """Reference-counted pages. A page nobody holds is free, but keeps its content until it is handed out again.
+
+    Free pages are handed out from the front: pages released with keep=True go to the back, so they leave in LRU order and
+    after all pages whose content is worthless.
+
+    Attributes:
+        on_reuse: called with a page whose content is about to be lost.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.on_reuse: Callable[[int], None] = lambda page: None
+        self._holders = [0] * num_pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_pages - len(self._free)
+
+    def holders(self, page: int) -> int:
+        """How many requests hold the page."""
+        return self._holders[page]
+
+    def allocate(self) -> int | None:
+        """A page with one holder, or None when all are held."""
+        if not self._free:
+            return None
+        page, _ = self._free.popitem(last=False)
+        self.on_reuse(page)
+        self._holders[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more holder of a page, which may be free (a prefix hit takes it back)."""
+        if self._holders[page] == 0:
+            del self._free[page]
+        self._holders[page] += 1
+
+    def release(self, page: int, *, keep: bool = False) -> None:
+        """One holder less; the last one frees it. With keep, its content is worth holding on to."""
+        assert self._holders[page] > 0, f"page {page} is released but nobody holds it"
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            self._free[page] = None
+            if not keep:
+                self._free.move_to_end(page, last=False)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the free list and the counts disagree."""
+        free = {page for page, holders in enumerate(self._holders) if holders == 0}
+        assert free == set(self._free), f"free list and counts differ on pages {free ^ set(self._free)}"
+        assert min(self._holders, default=0) >= 0, "a page has fewer than no holders"

@@ -1,0 +1,151 @@
+"""Request: one completion in the making, as the engine sees it. RequestGroup: what the user submitted, its n Requests."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.outputs import FinishReason, TokenLogprobs
+from jaxserve.plan import (
+    MIN_P,
+    SAMPLE_FIELDS,
+    SEED_HIGH,
+    SEED_LOW,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    float_bits,
+)
+from jaxserve.prefix_cache import PageKey, page_key, root_key
+from jaxserve.sampler import Mode
+from jaxserve.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class RequestGroup:
+    """A prompt with its sampling parameters, and the n Requests that answer it.
+
+    Attributes:
+        max_output_tokens: resolved from max_tokens and what the model's length leaves.
+        arrival_s: time.monotonic() at submission.
+        unforked: Requests that wait for the first one's prompt to be computed, to share its pages.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_output_tokens: int
+    stop_ids: frozenset[int]
+    prompt: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_s: float = field(default_factory=time.monotonic)
+    requests: list[Request] = field(default_factory=list)
+    unforked: list[Request] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(r.status is Status.FINISHED for r in self.requests)
+
+
+class Request:
+    """One completion. Its tokens are the prompt's, then those the host has seen sampled.
+
+    Attributes:
+        token_ids: prompt and output; `num_in_flight` more are sampled but not seen by the host yet.
+        num_computed: tokens whose keys and values are in the pool once the dispatched steps have run.
+        pages: pages held, in order; the device's table knows the first num_pages_sent of them.
+        order: sorts waiting and running requests; smaller goes first and is preempted last.
+        num_passed: how often a later request was admitted past this one.
+    """
+
+    def __init__(self, group: RequestGroup, index: int, seed: int, order: tuple[int, int]) -> None:
+        self.group = group
+        self.index = index
+        self.order = order
+        self.status = Status.WAITING
+        self.token_ids = list(group.prompt_token_ids)
+        self.num_prompt_tokens = len(group.prompt_token_ids)
+        self.num_in_flight = 0
+        self.num_computed = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_passed = 0
+        self.slot = -1
+        self.pages: list[int] = []
+        self.num_pages_sent = 0
+        self.page_keys: list[PageKey] = []
+        self.num_pages_cached = 0
+        self.logprobs: list[TokenLogprobs] | None = [] if group.params.logprobs is not None else None
+        self.cumulative_logprob = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.scheduled_s: float | None = None  # first time in a step
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.mode = sampling_mode(group.params)
+        self.sample_fields = sample_fields(group.params, seed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist, those only the device knows included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens the host has seen."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that a step could compute now; 0 when the last allowed one is already sampled."""
+        if self.num_tokens - self.num_prompt_tokens >= self.group.max_output_tokens:
+            return 0
+        return self.num_tokens - self.num_computed
+
+    def update_page_keys(self, page_size: int) -> None:
+        """Extends page_keys over the full pages of tokens that the host knows."""
+        if not self.page_keys and len(self.token_ids) < page_size:
+            return
+        parent = self.page_keys[-1] if self.page_keys else root_key(self.group.cache_salt)
+        for start in range(len(self.page_keys) * page_size, len(self.token_ids) - page_size + 1, page_size):
+            parent = page_key(parent, self.token_ids[start : start + page_size])
+            self.page_keys.append(parent)
+
+
+def sampling_mode(params: SamplingParams) -> Mode:
+    """The least sample program that can do what the request asks."""
+    if params.logprobs is not None:
+        return Mode.LOGPROBS
+    if params.is_greedy:
+        return Mode.GREEDY
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        return Mode.FULL
+    return Mode.PLAIN
+
+
+def sample_fields(params: SamplingParams, seed: int) -> NDArray[np.int32]:
+    """The request's constant part of a plan's sample row; slot and position are filled in each step."""
+    fields = np.zeros(SAMPLE_FIELDS, np.int32)
+    low, high = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
+    fields[[SEED_LOW, SEED_HIGH]] = low, high
+    fields[TEMPERATURE] = float_bits(params.temperature)
+    fields[TOP_K] = params.top_k
+    fields[TOP_P] = float_bits(params.top_p)
+    fields[MIN_P] = float_bits(params.min_p)
+    return fields
+

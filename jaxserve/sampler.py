@@ -1,0 +1,109 @@
+"""Logits -> tokens and log probabilities, on the device. Every parameter is data; only the Mode is compiled in.
+
+No sort over the vocabulary: top-k and top-p are thresholds, found by bisection over the bits of the logits, which is exact
+(32 passes halve the range of float32). Ties at a threshold are kept, as in vLLM.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxserve.plan import MIN_P, POSITION, SEED_HIGH, SEED_LOW, TEMPERATURE, TOP_K, TOP_P, bits_to_float
+
+MAX_LOGPROBS = 20
+
+
+class Mode(Enum):
+    """What a sample program can do; each covers the ones before it."""
+
+    GREEDY = "greedy"
+    PLAIN = "plain"  # temperature
+    FULL = "full"  # top-k, top-p, min-p
+    LOGPROBS = "logprobs"  # and the likeliest tokens' log probabilities
+
+
+def sample(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode) -> dict[str, Array]:
+    """Samples one token a row.
+
+    A row's token depends on its own logits and parameters alone: the noise is drawn from (seed, position).
+
+    Args:
+        logits: float32.
+        samples: the plan's sample rows (fields of plan.py).
+        mode: see Mode.
+
+    Returns:
+        tokens [S]; with Mode.LOGPROBS also logprob and rank of the token [S], and top_ids, top_logprobs [S, MAX_LOGPROBS].
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if mode is Mode.GREEDY:
+        return {"tokens": greedy}
+    temperature = bits_to_float(samples[:, TEMPERATURE])
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    if mode is not Mode.PLAIN:
+        scaled = jnp.where(_kept(scaled, samples), scaled, -jnp.inf)
+    drawn = jnp.argmax(scaled + _gumbel(samples, logits.shape[1]), axis=-1).astype(jnp.int32)
+    tokens = jnp.where(temperature > 0, drawn, greedy)
+    if mode is not Mode.LOGPROBS:
+        return {"tokens": tokens}
+    return {"tokens": tokens} | _logprobs(logits, tokens)
+
+
+def _gumbel(samples: Int[Array, "S fields"], vocab_size: int) -> Float[Array, "S V"]:
+    """Gumbel noise whose argmax with the logits is a draw from their softmax; key = fold_in(seed, position)."""
+
+    def row(fields: Int[Array, " fields"]) -> Float[Array, " V"]:
+        seed = lax.bitcast_convert_type(fields[jnp.array([SEED_HIGH, SEED_LOW])], jnp.uint32)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), fields[POSITION])
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(row)(samples)
+
+
+def _kept(logits: Float[Array, "S V"], samples: Int[Array, "S fields"]) -> Bool[Array, "S V"]:
+    """Which tokens top-k, then top-p among those, and min-p leave."""
+    vocab_size = logits.shape[1]
+    order = _ordered_bits(logits)
+    top_k = samples[:, TOP_K]
+    top_k = jnp.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
+    kth = _largest_threshold(order, jnp.ones_like(logits), top_k.astype(jnp.float32))
+    kept = order >= kth[:, None]
+
+    weights = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)
+    top_p = bits_to_float(samples[:, TOP_P])
+    nucleus = _largest_threshold(order, weights, top_p * jnp.sum(weights, axis=-1))
+    kept &= (order >= nucleus[:, None]) | (top_p >= 1)[:, None]
+    return kept & (weights >= bits_to_float(samples[:, MIN_P])[:, None])
+
+
+def _ordered_bits(x: Float[Array, "S V"]) -> UInt[Array, "S V"]:
+    """uint32 that compare as the floats do."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_threshold(
+    order: UInt[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, " S"]
+) -> UInt[Array, " S"]:
+    """The largest t for which the weights of the entries >= t still add up to `wanted`; bit by bit from the top."""
+
+    def bit(i: Array, threshold: UInt[Array, " S"]) -> UInt[Array, " S"]:
+        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        enough = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0), axis=-1) >= wanted
+        return jnp.where(enough, candidate, threshold)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
+
+
+def _logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> dict[str, Array]:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
+    top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    rank = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
+    return {"logprob": chosen[:, 0], "rank": rank, "top_ids": top_ids, "top_logprobs": top_logprobs}

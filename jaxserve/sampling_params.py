@@ -1,0 +1,105 @@
+"""SamplingParams: what a request asks of the sampler and when it ends. Names and defaults are vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, Self
+
+from jaxserve.errors import InvalidRequestError
+
+
+class OutputKind(Enum):
+    """Which outputs a request's stream carries."""
+
+    CUMULATIVE = "cumulative"  # everything so far, at each step
+    DELTA = "delta"  # what is new since the last output
+    FINAL_ONLY = "final_only"  # one output, at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled and when it stops.
+
+    Attributes:
+        n: completions to return for the prompt.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of likeliest tokens with at least this probability.
+        min_p: drop tokens less likely than this fraction of the likeliest one's probability.
+        seed: makes the request's tokens reproducible; None draws one from the engine's seed.
+        stop: strings that end the text; the text is cut before them.
+        stop_token_ids: token ids that end the text, besides the model's end-of-sequence ids.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        ignore_eos: go on past the model's end-of-sequence ids.
+        max_tokens: output tokens at most; None is as many as the model's length allows.
+        min_tokens: end-of-sequence and stop ids cannot be sampled before this many output tokens.
+        logprobs: how many likeliest tokens to report with each output token (-1: the whole vocabulary).
+        prompt_logprobs: the same for each prompt token.
+        detokenize: give text as well as ids.
+        skip_special_tokens: leave special tokens out of the text.
+        output_kind: which outputs a stream carries.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    output_kind: OutputKind = OutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _check(self.n >= 1, "n", "at least 1", self.n)
+        _check(self.temperature >= 0, "temperature", "0 or more", self.temperature)
+        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _check(self.top_k >= -1, "top_k", "-1 or 0 (all tokens), or a positive count", self.top_k)
+        _check(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(self.min_tokens >= 0, "min_tokens", "0 or more", self.min_tokens)
+        if self.max_tokens is not None:
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or value >= -1, name, "-1 (the whole vocabulary), 0 or a count", value)
+        _check(all(self.stop), "stop", "non-empty strings", self.stop)
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
+        if self.seed is not None:
+            _check(-(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer", self.seed)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_defaults(cls, defaults: Mapping[str, Any], **given: Any) -> Self:
+        """Params from the model's generation_config, overridden by what the request gives (None counts as not given)."""
+        known = {f.name for f in fields(cls)}
+        merged = {k: v for k, v in defaults.items() if k in known and v is not None}
+        merged |= {k: v for k, v in given.items() if v is not None}
+        return cls(**merged)
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _check(ok: bool, name: str, wanted: str, got: object) -> None:
+    if not ok:
+        raise InvalidRequestError(f"{name} must be {wanted}; got {got!r}", param=name)

@@ -1,0 +1,268 @@
+"""Which tokens of which requests run in the next step, and in which pages and slots. Knows no model and no device.
+
+Decodes go first, then prefill chunks, then admissions, under one token budget. A full pool preempts the last request
+(it is computed again later; its tokens stay). Steps run in order on the device, so what is freed here is reusable at once,
+even while a step that used it is still running.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from jaxserve.page_pool import PagePool
+from jaxserve.prefix_cache import PrefixCache
+from jaxserve.request import Request, Status
+
+MAX_PASSED = 64  # admissions past a waiting request that does not fit, before the queue waits for it
+
+
+@dataclass(slots=True)
+class PlanRow:
+    """One request's share of a step.
+
+    Attributes:
+        start: position of the first token computed.
+        samples: the requests that get a token sampled from the row's last logits: the request itself, and those that fork
+            from it; none while the prompt is not computed to its end.
+        new_pages: index of the first page that the device's table does not know yet.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: list[Request]
+    new_pages: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step does. Rows with one token come first.
+
+    Attributes:
+        page_copies: (from, to) pages to copy before the step.
+    """
+
+    rows: list[PlanRow] = field(default_factory=list)
+    num_tokens: int = 0
+    num_samples: int = 0
+    num_page_updates: int = 0
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has exactly one token."""
+        return self.num_tokens == len(self.rows)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step and the engine can hold.
+
+    Attributes:
+        max_page_updates: changes of page tables that a plan can carry; at least one whole table.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_page_updates: int
+
+
+class Scheduler:
+    """Owns the waiting and running requests, their slots and their pages."""
+
+    def __init__(self, limits: Limits, pool: PagePool, page_size: int, prefix_cache: PrefixCache | None = None) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._free_slots = list(range(limits.max_num_seqs))[::-1]
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queues a request; the order among waiting ones is Request.order."""
+        request.status = Status.WAITING
+        insort(self.waiting, request, key=lambda r: r.order)
+
+    def finish(self, request: Request) -> None:
+        """Takes a request out, wherever it is, and frees what it holds."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+            self._free(request)
+        elif request.status is Status.WAITING and request in self.waiting:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run before results come back."""
+        plan = StepPlan()
+        later = [r for r in self.running if not self._is_single(r)]
+        preempted = False
+        for request in [r for r in self.running if self._is_single(r)] + later:
+            preempted |= self._continue(request, plan)
+        if not preempted:
+            self._admit(plan)
+        if not plan.rows:
+            return None
+        plan.rows.sort(key=lambda row: row.num_tokens > 1)
+        return plan
+
+    def record_computed_pages(self, request: Request) -> None:
+        """Offers the prefix cache the full pages whose tokens the host knows and whose keys a step has written."""
+        if self.prefix_cache is None or request.status is not Status.RUNNING:
+            return
+        request.update_page_keys(self.page_size)
+        full = min(request.num_computed // self.page_size, len(request.page_keys))
+        for i in range(request.num_pages_cached, full):
+            self.prefix_cache.add(request.page_keys[i], request.pages[i])
+        request.num_pages_cached = max(request.num_pages_cached, full)
+
+    def reset(self) -> None:
+        """After a failed step: every running request is computed again, and the cache forgets its pages."""
+        for request in list(self.running):
+            self._preempt(request)
+        for request in self.waiting:
+            request.num_in_flight = 0  # those results are lost
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where requests, slots and pages disagree."""
+        self.pool.check_integrity()
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_integrity()
+        slots = sorted([r.slot for r in self.running] + self._free_slots)
+        assert slots == list(range(self.limits.max_num_seqs)), "a slot is lost or used twice"
+        held = [page for r in self.running for page in r.pages]
+        for page in set(held):
+            assert self.pool.holders(page) == held.count(page), f"page {page} has a wrong number of holders"
+        assert self.pool.num_held == len(set(held)), "a page is held by nobody that runs"
+        assert all(not r.pages for r in self.waiting), "a waiting request holds pages"
+
+    # Running requests
+
+    @staticmethod
+    def _is_single(request: Request) -> bool:
+        return request.num_to_compute == 1
+
+    def _continue(self, request: Request, plan: StepPlan) -> bool:
+        """Plans a running request's next tokens; True where that took a preemption."""
+        wanted = min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens)
+        if request.status is not Status.RUNNING or wanted == 0:
+            return False
+        preempted = False
+        while not self._reserve(request, request.num_computed + wanted):
+            victim = max(self.running, key=lambda r: r.order)
+            self._unplan(victim, plan)
+            self._preempt(victim)
+            preempted = True
+            if victim is request:
+                return True
+        self._add_row(request, wanted, plan)
+        return preempted
+
+    def _reserve(self, request: Request, num_tokens: int) -> bool:
+        """Gets the pages for so many tokens, all or none."""
+        missing = -(-num_tokens // self.page_size) - len(request.pages)
+        if missing <= 0:
+            return True
+        if missing > self.pool.num_free:
+            return False
+        for _ in range(missing):
+            page = self.pool.allocate()
+            assert page is not None
+            request.pages.append(page)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._free(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.add(request)
+
+    def _unplan(self, request: Request, plan: StepPlan) -> None:
+        for row in [row for row in plan.rows if row.request is request]:
+            plan.rows.remove(row)
+            plan.num_tokens -= row.num_tokens
+            plan.num_samples -= len(row.samples)
+            request.num_in_flight -= len(row.samples)
+
+    def _free(self, request: Request) -> None:
+        # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
+        for page in reversed(request.pages):
+            self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
+        request.pages.clear()
+        request.num_pages_sent = request.num_pages_cached = request.num_computed = 0
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    # Admission
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Starts waiting requests in order. One that does not fit is passed by smaller ones, but not for ever."""
+        passed: list[Request] = []
+        for request in list(self.waiting):
+            if not self._free_slots or plan.num_tokens >= self.limits.max_num_batched_tokens:
+                break
+            if request.num_in_flight or not self._fits(request, plan):
+                if request.num_passed >= MAX_PASSED:
+                    break
+                passed.append(request)
+                continue
+            self._start(request, plan)
+            for skipped in passed:
+                skipped.num_passed += 1
+
+    def _fits(self, request: Request, plan: StepPlan) -> bool:
+        """Whether all pages of the request's known tokens, and of one more, can be had now."""
+        num_pages = len(request.token_ids) // self.page_size + 1
+        if plan.num_page_updates + num_pages > self.limits.max_page_updates:
+            return False
+        hits = self._find_prefix(request)
+        from_free = num_pages - sum(self.pool.holders(page) > 0 for page in hits)
+        return from_free <= self.pool.num_free
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        if self.prefix_cache is None:
+            return []
+        request.update_page_keys(self.page_size)
+        # The last token is always computed: its logits are wanted.
+        return self.prefix_cache.find(request.page_keys[: (len(request.token_ids) - 1) // self.page_size])
+
+    def _start(self, request: Request, plan: StepPlan) -> None:
+        hits = self._find_prefix(request)
+        for page in hits:
+            self.pool.share(page)
+        request.pages = hits
+        request.num_computed = len(hits) * self.page_size
+        request.num_pages_cached = len(hits)
+        if self.prefix_cache is not None and request.num_preemptions == 0:
+            self.prefix_cache.queries += request.num_prompt_tokens
+            self.prefix_cache.hits += request.num_computed
+            request.num_cached_tokens = request.num_computed
+        reserved = self._reserve(request, len(request.token_ids))
+        assert reserved, "_fits has checked the pages"
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.status = Status.RUNNING
+        request.slot = self._free_slots.pop()
+        self._add_row(request, min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens), plan)
+
+    def _add_row(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
+        start = request.num_computed
+        samples = [request] if start + num_tokens == request.num_tokens else []
+        plan.rows.append(PlanRow(request, start, num_tokens, samples, request.num_pages_sent))
+        plan.num_tokens += num_tokens
+        plan.num_samples += len(samples)
+        plan.num_page_updates += len(request.pages) - request.num_pages_sent
+        request.num_computed += num_tokens
+        request.num_pages_sent = len(request.pages)
+        for sampled in samples:
+            sampled.num_in_flight += 1

@@ -1,0 +1,59 @@
+"""The mesh, and which logical axis of a parameter lies on it. Sharding objects are built once, never in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.errors import ConfigError
+from jaxserve.models.interface import MODEL_AXIS, LogicalAxes
+
+ON_MODEL_AXIS = frozenset({"vocab", "heads", "kv_heads", "ffn", "experts"})
+"""Logical axes that tensor (and expert) parallelism cuts; the others are whole on every device."""
+
+
+def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis over the first devices.
+
+    Raises:
+        ConfigError: there are fewer devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if tensor_parallel_size > len(devices):
+        raise ConfigError(
+            f"tensor_parallel_size is {tensor_parallel_size}, but there are {len(devices)} devices. Lower it, or add devices."
+        )
+    return Mesh(np.array(devices[:tensor_parallel_size]), (MODEL_AXIS,))
+
+
+class Shardings:
+    """Every sharding that the engine uses on one mesh."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.replicated = NamedSharding(mesh, P())
+        self.kv_pages = NamedSharding(mesh, P(None, None, MODEL_AXIS, None))
+
+    def of(self, axes: LogicalAxes) -> NamedSharding:
+        """The sharding of a parameter with these logical axes."""
+        return NamedSharding(self.mesh, P(*(MODEL_AXIS if axis in ON_MODEL_AXIS else None for axis in axes)))
+
+
+def kv_repeat(num_kv_heads: int, tensor_parallel_size: int) -> int:
+    """How often each kv head is repeated so that every device has one.
+
+    Raises:
+        ConfigError: the heads can neither be cut nor repeated evenly.
+    """
+    if num_kv_heads % tensor_parallel_size == 0:
+        return 1
+    if tensor_parallel_size % num_kv_heads == 0:
+        return tensor_parallel_size // num_kv_heads
+    raise ConfigError(
+        f"the model's {num_kv_heads} kv heads do not spread evenly over tensor_parallel_size={tensor_parallel_size}. "
+        f"Choose a divisor or a multiple of {num_kv_heads}."
+    )

@@ -1,0 +1,242 @@
+"""Builds an engine from a config: opens the model, sizes the pool from the compiler's own report, compiles, loads.
+
+Weights load while the programs compile.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import GIB, EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.errors import ConfigError
+from jaxserve.metrics import Observer
+from jaxserve.models.interface import Runtime
+from jaxserve.models.loading import ModelDescription, describe_model, load_weights, open_source, resolve_dtype
+from jaxserve.models.loading.source import ModelSource
+from jaxserve.page_pool import PagePool
+from jaxserve.prefix_cache import PrefixCache
+from jaxserve.programs import (
+    Buckets,
+    ProgramInputs,
+    Programs,
+    Progress,
+    choose_buckets,
+    compile_programs,
+    lower_forward,
+)
+from jaxserve.runner import Runner, abstract_state, page_bytes
+from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.sharding import Shardings, kv_repeat, make_mesh
+
+log = logging.getLogger(__name__)
+
+PAGES_MULTIPLE = 256  # the pool's size is part of the compile cache's key, so it must not follow every byte
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What the steps of building share."""
+
+    config: EngineConfig
+    model: ModelDescription
+    runtime: Runtime
+    shardings: Shardings
+    dtype: jnp.dtype
+
+    @property
+    def page_size(self) -> int:
+        assert self.config.cache.block_size is not None
+        return self.config.cache.block_size
+
+    @property
+    def page_bytes(self) -> int:
+        return page_bytes(self.model.cache_specs, self.page_size, self.dtype, self.shardings.mesh.size)
+
+    @property
+    def pages_per_slot(self) -> int:
+        assert self.config.model.max_model_len is not None
+        return -(-self.config.model.max_model_len // self.page_size)
+
+    def buckets(self) -> Buckets:
+        limits = self.config.scheduler
+        assert limits.max_num_seqs is not None and limits.max_num_batched_tokens is not None
+        return choose_buckets(
+            self.runtime.platform, limits.max_num_seqs, limits.max_num_batched_tokens, self.pages_per_slot, self.page_size
+        )
+
+    def inputs(self, num_pages: int) -> ProgramInputs:
+        assert self.config.scheduler.max_num_seqs is not None
+        slots = self.config.scheduler.max_num_seqs
+        state = abstract_state(
+            self.model.cache_specs, num_pages, self.page_size, slots, self.pages_per_slot, self.dtype, self.shardings
+        )
+        weights = tuple(
+            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes))
+            for w, axes in zip(self.model.abstract, self.model.logical_axes, strict=True)
+        )
+        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.page_size, self.shardings)
+
+
+def build_engine(
+    config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
+) -> Engine:
+    """Loads the model, compiles every program and returns an engine that is ready.
+
+    Raises:
+        ConfigError: an option cannot work with this model or these devices.
+        ModelLoadError: the model's files are missing, malformed or of an unknown architecture.
+    """
+    _use_compile_cache(config)
+    source = open_source(config.model.model, config.model.load_format)
+    build = _describe(config, source)
+    num_pages = _num_pages(build)
+    build = replace(build, config=_fit_model_len(build, num_pages, asked=config.model.max_model_len))
+    buckets, inputs = build.buckets(), build.inputs(num_pages)
+    with ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(
+            load_weights, source, build.model, sharding_for=build.shardings.of, seed=config.model.seed, on_progress=on_progress
+        )
+        programs = compile_programs(buckets, inputs, build.model.apply, build.runtime, on_progress)
+        weights = loading.result()
+    runner = Runner(weights, programs, buckets, inputs)
+    tokenizer, eos = _tokenizer(config, source)
+    return Engine(
+        build.config,
+        _scheduler(build, buckets, num_pages),
+        runner,
+        tokenizer,
+        vocab_size=build.model.vocab_size,
+        eos_token_ids=eos,
+        default_sampling=_default_sampling(build.config, source),
+        description=_summary(build, num_pages, programs),
+        observer=observer,
+    )
+
+
+def _use_compile_cache(config: EngineConfig) -> None:
+    path = config.compile.cache_path
+    if path is None or jax.config.jax_compilation_cache_dir:
+        return  # the program we live in has chosen already
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _describe(config: EngineConfig, source: ModelSource) -> _Build:
+    mesh = make_mesh(config.parallel.tensor_parallel_size)
+    platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
+    dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
+    repeat = lambda heads: kv_repeat(heads, config.parallel.tensor_parallel_size)  # noqa: E731
+    model = describe_model(source, dtype=dtype, kv_repeat=repeat)
+    resolved = config.resolve(platform, model.max_model_len)
+    return _Build(resolved, model, Runtime(platform, mesh), Shardings(mesh), dtype)
+
+
+def _num_pages(build: _Build) -> int:
+    """Pages that fit. From the compiler's report, never from free memory: the size is part of every program's cache key."""
+    cache, device = build.config.cache, build.shardings.mesh.devices.flat[0]
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override
+    if cache.kv_cache_memory_bytes is not None or build.runtime.platform == "cpu":
+        return max((cache.kv_cache_memory_bytes or GIB) // build.page_bytes, 1)
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if not limit:
+        raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
+    inputs, shape = build.inputs(PAGES_MULTIPLE), build.buckets().shapes[0]
+    program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
+    needed = Programs({shape: program}, {}).temporary_bytes() + _weight_bytes(build)
+    # The limit is what XLA may take, itself a share of the memory (see XLA_PYTHON_CLIENT_MEM_FRACTION).
+    pages = int(limit * cache.gpu_memory_utilization - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
+    if pages <= 0:
+        raise ConfigError(
+            f"the weights and programs need {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB on each device, which leaves no "
+            "KV pages. Raise --gpu-memory-utilization or --tensor-parallel-size, or lower --max-num-batched-tokens."
+        )
+    return pages
+
+
+def _weight_bytes(build: _Build) -> int:
+    inputs = build.inputs(1)
+    return sum(w.dtype.itemsize * _local_size(w) for w in inputs.weights)
+
+
+def _local_size(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    size = 1
+    for n in array.sharding.shard_shape(array.shape):
+        size *= n
+    return size
+
+
+def _fit_model_len(build: _Build, num_pages: int, asked: int | None) -> EngineConfig:
+    """A request of the full length must fit the pool alone, else it could never end."""
+    model, holds = build.config.model, num_pages * build.page_size
+    assert model.max_model_len is not None
+    if holds >= model.max_model_len:
+        return build.config
+    if asked is not None:
+        raise ConfigError(
+            f"max_model_len is {asked:,} tokens, but the KV pool holds {holds:,}. Lower --max-model-len or give the pool more memory."
+        )
+    log.warning("max_model_len is %s: that is what the KV pool holds (the model itself could do %s)", holds, model.max_model_len)
+    return replace(build.config, model=replace(model, max_model_len=holds))
+
+
+def _scheduler(build: _Build, buckets: Buckets, num_pages: int) -> Scheduler:
+    limits = Limits(
+        max_num_seqs=buckets.max_num_seqs,
+        max_num_batched_tokens=buckets.tokens[-1],
+        max_page_updates=buckets.mixed_shape(buckets.tokens[-1]).num_page_updates,
+    )
+    pool = PagePool(num_pages)
+    cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching else None
+    return Scheduler(limits, pool, build.page_size, cache)
+
+
+def _tokenizer(config: EngineConfig, source: ModelSource) -> tuple[Any, frozenset[int]]:
+    """The tokenizer, and every id that ends a text."""
+    declared = source.generation_config.get("eos_token_id")
+    eos = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    if config.model.skip_tokenizer_init or (source.kind == "dummy" and config.model.tokenizer is None):
+        return None, frozenset(eos)
+    from jaxserve.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.tokenizer or source.path)
+    if tokenizer.eos_token_id is not None:
+        eos.add(tokenizer.eos_token_id)
+    return tokenizer, frozenset(eos)
+
+
+def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, Any]:
+    if config.model.generation_config == "none":
+        return {}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: source.generation_config.get(name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _summary(build: _Build, num_pages: int, programs: Programs) -> dict[str, str]:
+    """What start-up prints."""
+    config, mesh = build.config, build.shardings.mesh
+    tokens = num_pages * build.page_size
+    assert config.model.max_model_len is not None
+    return {
+        "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
+        "dtype": build.dtype.name,
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
+        "KV pool": f"{num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "
+        f"{num_pages * build.page_bytes / GIB:.2f} GiB a device",
+        "max concurrency": f"{config.scheduler.max_num_seqs} requests; {tokens / config.model.max_model_len:.1f} "
+        f"of the full {config.model.max_model_len:,} tokens",
+        "programs": str(len(programs)),
+    }
+
+

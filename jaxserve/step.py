@@ -1,0 +1,75 @@
+"""The functional core: pure functions of (weights, state, packed plan), usable in any JAX program on any mesh.
+
+A step is two programs, chained on the device: `forward` gives logits of chosen rows, `sample` gives tokens by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxserve import sampler
+from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.plan import SLOT, PlanShape, apply_page_updates, step_batch, unpack
+
+Weights = tuple[jax.Array, ...]
+ApplyModel = Callable[[Weights, StepBatch, tuple[Array, ...], Runtime], tuple[Array, tuple[Array, ...]]]
+"""(weights, batch, caches, runtime) -> (logits [S, V], caches)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceState:
+    """What `forward` updates in place.
+
+    Attributes:
+        caches: one array a layer; their layout belongs to the kernels.
+        page_tables: [slots, pages of the longest request].
+    """
+
+    caches: tuple[Array, ...]
+    page_tables: Int[Array, "slots pages"]
+
+
+def forward(
+    weights: Weights,
+    state: DeviceState,
+    last_tokens: Int[Array, " slots"],
+    packed: Int[Array, " size"],
+    *,
+    apply_model: ApplyModel,
+    runtime: Runtime,
+    shape: PlanShape,
+    page_size: int,
+) -> tuple[DeviceState, Float[Array, "S V"], Int[Array, "S fields"]]:
+    """Runs the model on the plan's tokens; their keys and values are in the pool afterwards.
+
+    Returns:
+        The new state (the old one may be donated), the logits of the plan's logit_rows, and the plan's sample rows,
+        passed on so that `sample` depends on S alone.
+    """
+    plan = unpack(packed, shape)
+    page_tables = apply_page_updates(state.page_tables, plan)
+    batch = step_batch(plan, page_tables, last_tokens, page_size)
+    logits, caches = apply_model(weights, batch, state.caches, runtime)
+    return DeviceState(caches, page_tables), logits, plan.samples
+
+
+def sample(
+    logits: Float[Array, "S V"],
+    last_tokens: Int[Array, " slots"],
+    samples: Int[Array, "S fields"],
+    *,
+    mode: sampler.Mode,
+) -> tuple[Int[Array, " slots"], dict[str, Any]]:
+    """Samples each row and keeps its token by slot for the next forward.
+
+    Returns:
+        last_tokens with the new tokens, and what the host reads: see sampler.sample.
+    """
+    out = sampler.sample(logits, samples, mode)
+    return last_tokens.at[samples[:, SLOT]].set(out["tokens"], mode="drop"), out

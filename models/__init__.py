@@ -1,0 +1,1 @@
+"""Model definitions in Flax nnx, and the readers of checkpoints. Knows arrays, not requests."""

@@ -1,0 +1,141 @@
+"""What every model receives and declares: the step's batch, cache specs, the runtime, logical axis names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh, Sharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxserve.pallas_kernels import paged_attention as kernels
+
+LogicalAxes = tuple[str | None, ...]
+"""One name for each dimension of a parameter; sharding.py maps names to mesh axes.
+
+embed: model width D. vocab: V. heads/kv_heads: N/K. ffn: F. experts: E. None: never sharded.
+"""
+
+ShardingFor = Callable[[LogicalAxes], Sharding]
+"""Gives the sharding of an array from its logical axes; handed to the loaders, which know no mesh."""
+
+MODEL_AXIS = "model"  # the one mesh axis: tensor and expert parallelism
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepBatch:
+    """The tokens of one step, packed: row b is one request, its query tokens are query_start[b]:query_start[b + 1].
+
+    Rows with exactly one token come first (num_single_rows of them), so that kernels can treat them as decode.
+    Padding tokens have position 0 and a write_slot past the pool; padding rows have no tokens and kv_len 0.
+
+    Attributes:
+        token_ids: [T].
+        positions: [T], of each token in its request.
+        query_start: [B + 1].
+        kv_lens: [B], keys of each request, this step's tokens included.
+        page_tables: [B, pages of the longest request]; entries past kv_lens are never read.
+        write_slots: [T], page * page_size + offset where the token's key and value go.
+        num_single_rows: [], how many leading rows have exactly one token.
+        logit_rows: [S], which tokens' logits are wanted.
+    """
+
+    token_ids: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    query_start: Int[Array, " B+1"]
+    kv_lens: Int[Array, " B"]
+    page_tables: Int[Array, "B pages"]
+    write_slots: Int[Array, " T"]
+    num_single_rows: Int[Array, ""]
+    logit_rows: Int[Array, " S"]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What one layer keeps for each token.
+
+    Attributes:
+        kind: full attention, or a sliding window (keys further back than `window` are never read).
+        window: keys that a token sees, itself included; None for full attention.
+    """
+
+    kind: Literal["full", "sliding"]
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the step runs: chosen once, static at trace time.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu", the compile target; never asked of jax.devices() at trace time.
+        mesh: the devices; kernels run under shard_map over its `model` axis.
+    """
+
+    platform: Literal["cpu", "gpu", "tpu"]
+    mesh: Mesh | None = None
+
+    def write_kv(
+        self,
+        kv_pages: Float[Array, "pages page_size 2*K H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        batch: StepBatch,
+    ) -> Float[Array, "pages page_size 2*K H"]:
+        """Writes the step's keys and values into their pages; in place when kv_pages is donated."""
+        heads = P(None, MODEL_AXIS, None)
+        pool = P(None, None, MODEL_AXIS, None)
+        return self._sharded(kernels.write_kv, (pool, heads, heads, P()), pool)(kv_pages, k, v, batch.write_slots)
+
+    def attend(
+        self,
+        q: Float[Array, "T N H"],
+        kv_pages: Float[Array, "pages page_size 2*K H"],
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " N"] | None = None,
+    ) -> Float[Array, "T N H"]:
+        """Causal attention of each query token over its own request's pages."""
+
+        def attend(
+            q: Array,
+            kv_pages: Array,
+            page_tables: Array,
+            query_start: Array,
+            kv_lens: Array,
+            num_single_rows: Array,
+            sinks: Array | None,
+        ) -> Array:
+            return kernels.paged_attention(
+                q,
+                kv_pages,
+                page_tables,
+                query_start,
+                kv_lens,
+                num_single_rows,
+                sinks,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                platform=self.platform,
+            )
+
+        heads = P(None, MODEL_AXIS, None)
+        specs = (heads, P(None, None, MODEL_AXIS, None), P(), P(), P(), P(), P(MODEL_AXIS))
+        return self._sharded(attend, specs, heads)(
+            q, kv_pages, batch.page_tables, batch.query_start, batch.kv_lens, batch.num_single_rows, sinks
+        )
+
+    def _sharded(self, f: Callable[..., Array], in_specs: tuple[P, ...], out_spec: P) -> Callable[..., Array]:
+        if self.mesh is None or self.mesh.size == 1:
+            return f
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)

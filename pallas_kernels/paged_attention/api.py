@@ -1,0 +1,81 @@
+"""Paged attention: the signature that every back end has, the layout of a page, and the choice of a back end.
+
+Layout: one array a layer, [pages, page_size, 2 * K, H]; key and value of kv head k are rows 2k and 2k + 1.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.pallas_kernels.paged_attention import xla
+
+
+def kv_pages_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Shape of one layer's pool."""
+    return (num_pages, page_size, 2 * num_kv_heads, head_dim)
+
+
+def write_kv(
+    kv_pages: Float[Array, "pages page_size 2*K H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    write_slots: Int[Array, " T"],
+) -> Float[Array, "pages page_size 2*K H"]:
+    """Puts each token's key and value at page * page_size + offset = write_slots[t]; slots past the pool are dropped.
+
+    In place when kv_pages is donated.
+    """
+    pages, page_size, heads, head_dim = kv_pages.shape
+    kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], heads, head_dim).astype(kv_pages.dtype)
+    flat = kv_pages.reshape(pages * page_size, heads, head_dim)
+    return flat.at[write_slots].set(kv, mode="drop").reshape(kv_pages.shape)
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_pages: Float[Array, "pages page_size 2*K H"],
+    page_tables: Int[Array, "B max_pages"],
+    query_start: Int[Array, " B+1"],
+    kv_lens: Int[Array, " B"],
+    num_single_rows: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    platform: str,
+) -> Float[Array, "T N H"]:
+    """Causal attention of packed query tokens, each over the pages of its own request.
+
+    Row b's query tokens are query_start[b]:query_start[b + 1], the last of its kv_lens[b] tokens, whose keys are already in
+    the pool. The token at position p sees positions max(0, p - window + 1) to p.
+
+    Args:
+        q: queries.
+        kv_pages: one layer's pool.
+        page_tables: pages of each row, in order; entries past kv_lens are never read.
+        query_start: start of each row's tokens in q; its last entry is the number of tokens in use.
+        kv_lens: keys of each row, 0 for an unused row.
+        num_single_rows: rows with exactly one token come first; this is how many there are.
+        sinks: a logit for each head that takes part in the softmax without a value (gpt-oss).
+        scale: factor on q . k.
+        window: keys that a token sees, itself included; None for all.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        platform: "cpu", "gpu" or "tpu", the compile target.
+
+    Returns:
+        [T, N, H], in q's type; rows of tokens not in use are unspecified but finite.
+    """
+    return xla.paged_attention(
+        q,
+        kv_pages,
+        page_tables,
+        query_start,
+        kv_lens,
+        num_single_rows,
+        sinks,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )

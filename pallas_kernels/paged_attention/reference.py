@@ -1,0 +1,49 @@
+"""Paged attention in plain jnp: the oracle of the other back ends. Gathers every key of every token, so small shapes only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_pages: Float[Array, "pages page_size 2*K H"],
+    page_tables: Int[Array, "B max_pages"],
+    query_start: Int[Array, " B+1"],
+    kv_lens: Int[Array, " B"],
+    num_single_rows: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """See api.paged_attention; computed in float32."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_rows = page_tables.shape[0]
+    num_kv_heads = kv_pages.shape[2] // 2
+    token = jnp.arange(num_tokens)
+    row = jnp.clip(jnp.searchsorted(query_start, token, side="right") - 1, 0, num_rows - 1)
+    position = kv_lens[row] - (query_start[row + 1] - query_start[row]) + token - query_start[row]
+
+    kv = kv_pages[page_tables].reshape(num_rows, -1, num_kv_heads, 2, head_dim).astype(jnp.float32)
+    key_position = jnp.arange(kv.shape[1])
+    seen = key_position <= position[:, None]
+    if window is not None:
+        seen &= key_position > position[:, None] - window
+    seen &= key_position < kv_lens[row][:, None]
+
+    grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)
+    kv = jnp.where((key_position < kv_lens[:, None])[:, :, None, None, None], kv, 0)  # unwritten slots may hold NaN
+    logits = jnp.einsum("TKGH,TSKH->TKGS", grouped, kv[row, :, :, 0], precision="highest") * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.reshape(1, num_kv_heads, -1, 1), (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, sink.astype(jnp.float32)], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : kv.shape[1]]
+    out = jnp.einsum("TKGS,TSKH->TKGH", weights, kv[row, :, :, 1], precision="highest")
+    return out.reshape(q.shape).astype(q.dtype)

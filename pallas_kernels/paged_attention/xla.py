@@ -1,0 +1,171 @@
+"""Paged attention as blockwise XLA loops: the CPU's path, and the fallback wherever no kernel fits.
+
+Work follows the lengths at hand, not the longest possible: every loop bound is a traced value. Rows with one token go
+through the loop over key blocks together; rows with more (prefill chunks) one query block at a time. The online softmax is
+that of Milakov and Gimelshein (2018), as in FlashAttention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+KEY_BLOCK = 128  # keys a loop pass looks at
+QUERY_BLOCK = 64  # tokens of a prefill chunk computed together
+FLOOR = -1e30  # the running maximum before any key: finite, so that no inf - inf arises
+
+
+class Softmax(NamedTuple):
+    """Running state of an online softmax: maximum, denominator and weighted sum of values, in float32."""
+
+    top: Float[Array, "..."]
+    total: Float[Array, "..."]
+    acc: Float[Array, "... H"]
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_pages: Float[Array, "pages page_size 2*K H"],
+    page_tables: Int[Array, "B max_pages"],
+    query_start: Int[Array, " B+1"],
+    kv_lens: Int[Array, " B"],
+    num_single_rows: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """See api.paged_attention."""
+    num_tokens = q.shape[0]
+    page_tables = _pad_to_blocks(page_tables, kv_pages.shape[1])
+    attend = _Attend(kv_pages, sinks, scale, window, softcap)
+
+    # 1) Rows with one token, all at once.
+    single = jnp.arange(page_tables.shape[0]) < num_single_rows
+    token = jnp.where(single, query_start[:-1], num_tokens)
+    rows = attend.single_tokens(q.at[token].get(mode="fill", fill_value=0), page_tables, jnp.where(single, kv_lens, 0))
+    out = jnp.zeros((num_tokens + QUERY_BLOCK, *q.shape[1:]), q.dtype).at[token].set(rows, mode="drop")
+
+    # 2) The other rows, a query block at a time. A block may run past its row's end: what it writes there belongs to the
+    #    rows behind it, which come later and overwrite it.
+    padded_q = jnp.pad(q, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
+
+    def row_blocks(row: Array, out: Array) -> Array:
+        start, end, kv_len = query_start[row], query_start[row + 1], kv_lens[row]
+        first_position = kv_len - (end - start)
+
+        def query_block(i: Array, out: Array) -> Array:
+            at = start + i * QUERY_BLOCK
+            block = lax.dynamic_slice_in_dim(padded_q, at, QUERY_BLOCK)
+            result = attend.chunk(block, page_tables[row], first_position + i * QUERY_BLOCK, kv_len)
+            return lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
+
+        return lax.fori_loop(0, _cdiv(end - start, QUERY_BLOCK), query_block, out)
+
+    num_rows = jnp.sum(kv_lens > 0)
+    out = lax.fori_loop(num_single_rows, num_rows, row_blocks, out)
+    return out[:num_tokens]
+
+
+class _Attend(NamedTuple):
+    """What both kinds of rows share."""
+
+    kv_pages: Array
+    sinks: Array | None
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.kv_pages.shape[2]) // 2
+
+    def single_tokens(self, q: Float[Array, "B N H"], tables: Array, kv_lens: Int[Array, " B"]) -> Float[Array, "B N H"]:
+        """One query token a row, the last of its kv_lens tokens."""
+        batch, num_heads, head_dim = q.shape
+        grouped = q.reshape(batch, self.num_kv_heads, -1, head_dim)
+        first = 0 if self.window is None else _min_where(kv_lens - self.window, kv_lens > 0) // KEY_BLOCK
+
+        def key_block(j: Array, state: Softmax) -> Softmax:
+            kv, key_position = self._load(tables, j)
+            logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, kv[..., 0, :], preferred_element_type=jnp.float32)
+            seen = self._seen(key_position, (kv_lens - 1)[:, None], kv_lens[:, None])[:, None, None]
+            return self._update(state, logits, seen, kv[..., 1, :], "BKGS,BSKH->BKGH")
+
+        state = lax.fori_loop(first, _cdiv(jnp.max(kv_lens), KEY_BLOCK), key_block, _empty(grouped.shape))
+        return self._finish(state).reshape(q.shape).astype(q.dtype)
+
+    def chunk(self, q: Float[Array, "Q N H"], table: Array, position: Array, kv_len: Array) -> Float[Array, "Q N H"]:
+        """A block of one row's query tokens, the first at `position`."""
+        num_queries, num_heads, head_dim = q.shape
+        grouped = q.reshape(num_queries, self.num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+        positions = position + jnp.arange(num_queries)
+        first = 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // KEY_BLOCK
+
+        def key_block(j: Array, state: Softmax) -> Softmax:
+            kv, key_position = self._load(table[None], j)
+            logits = jnp.einsum("KGQH,SKH->KGQS", grouped, kv[0, :, :, 0], preferred_element_type=jnp.float32)
+            seen = self._seen(key_position, positions[:, None], kv_len)
+            return self._update(state, logits, seen, kv[0, :, :, 1], "KGQS,SKH->KGQH")
+
+        last = _cdiv(jnp.minimum(position + num_queries, kv_len), KEY_BLOCK)
+        state = lax.fori_loop(first, last, key_block, _empty(grouped.shape))
+        return self._finish(state, query_axis=True).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+
+    def _load(self, tables: Int[Array, "B max_pages"], j: Array) -> tuple[Float[Array, "B S K 2 H"], Int[Array, " S"]]:
+        """The j-th block of keys and values of each row, and their positions."""
+        pages = KEY_BLOCK // self.kv_pages.shape[1]
+        ids = lax.dynamic_slice_in_dim(tables, j * pages, pages, axis=1)
+        kv = self.kv_pages[ids].reshape(tables.shape[0], KEY_BLOCK, self.num_kv_heads, 2, -1)
+        return kv, j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+
+    def _seen(self, key_position: Array, position: Array, kv_len: Array) -> Array:
+        seen = (key_position <= position) & (key_position < kv_len)
+        return seen if self.window is None else seen & (key_position > position - self.window)
+
+    def _update(self, state: Softmax, logits: Array, seen: Array, v: Array, contract: str) -> Softmax:
+        logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        top = jnp.maximum(state.top, jnp.max(logits, axis=-1))
+        decay = jnp.exp(state.top - top)
+        weights = jnp.exp(logits - top[..., None])
+        # A key nobody sees may be an unwritten slot, which may hold NaN; its weight 0 would not remove that.
+        in_use = jnp.any(seen, axis=tuple(range(1, seen.ndim - 1))) if contract.startswith("B") else jnp.any(seen, axis=0)
+        v = jnp.where(in_use[..., None, None], v, 0)
+        added = jnp.einsum(contract, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return Softmax(top, state.total * decay + jnp.sum(weights, axis=-1), state.acc * decay[..., None] + added)
+
+    def _finish(self, state: Softmax, query_axis: bool = False) -> Array:
+        total = state.total
+        if self.sinks is not None:
+            sinks = self.sinks.reshape(self.num_kv_heads, -1).astype(jnp.float32)
+            total = total + jnp.exp((sinks[..., None] if query_axis else sinks) - state.top)
+        return state.acc / jnp.where(total == 0, 1, total)[..., None]
+
+
+def _empty(shape: tuple[int, ...]) -> Softmax:
+    return Softmax(jnp.full(shape[:-1], FLOOR), jnp.zeros(shape[:-1]), jnp.zeros(shape))
+
+
+def _min_where(x: Array, where: Array) -> Array:
+    """The least x, at least 0; 0 where nothing is chosen."""
+    return jnp.maximum(jnp.min(jnp.where(where, x, jnp.iinfo(jnp.int32).max), initial=jnp.iinfo(jnp.int32).max), 0)
+
+
+def _pad_to_blocks(page_tables: Int[Array, "B max_pages"], page_size: int) -> Int[Array, "B padded"]:
+    """Widens the tables so that every key block is whole."""
+    if KEY_BLOCK % page_size:
+        raise NotImplementedError(f"page size {page_size} does not divide the key block of {KEY_BLOCK}")
+    pages = KEY_BLOCK // page_size
+    return jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % pages)))
+
+
+def _cdiv(a: jax.typing.ArrayLike, b: int) -> Array:
+    return (jnp.asarray(a) + b - 1) // b

@@ -1,0 +1,51 @@
+"""The blockwise XLA attention against the plain reference, and the page write."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.pallas_kernels.paged_attention import kv_pages_shape, reference, write_kv, xla
+from tests.pallas_kernels.paged_cases import Shape, paged_case
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 5.0}, {"sinks": True}, {"window": 150, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "query_lens, prefixes",
+    [([1, 1, 1], [0, 5, 300]), ([70, 3], [0, 129]), ([1, 1, 2, 65, 40], [17, 200, 1, 100, 0]), ([1], [0]), ([130], [63])],
+)
+def test_matches_reference(page_size: int, options: dict, query_lens: list[int], prefixes: list[int]) -> None:
+    options = dict(options)
+    shape = Shape(page_size=page_size, max_pages=400 // page_size + 1)
+    case = paged_case(1, shape, query_lens, prefixes, tokens=192, sinks=options.pop("sinks", False))
+    want = reference.paged_attention(**case, scale=0.2, **options)
+    got = jax.jit(lambda case: xla.paged_attention(**case, scale=0.2, **options))(case)
+    used = sum(query_lens)
+    assert np.all(np.isfinite(got))
+    np.testing.assert_allclose(got[:used], want[:used], rtol=2e-5, atol=2e-5)
+
+
+def test_neighbours_do_not_change_a_row() -> None:
+    """Row 0 alone and row 0 beside longer rows give the same bits."""
+    shape = Shape()
+    attend = jax.jit(lambda case: xla.paged_attention(**case, scale=0.2))
+    beside = paged_case(3, shape, [1, 1, 1], [40, 300, 9], tokens=8)
+    alone = beside | {
+        "kv_lens": beside["kv_lens"].at[1:].set(0),
+        "query_start": jnp.minimum(beside["query_start"], 1),
+        "num_single_rows": jnp.asarray(1, jnp.int32),
+    }
+    np.testing.assert_array_equal(attend(beside)[0], attend(alone)[0])
+
+
+def test_write_kv_puts_tokens_in_place_and_drops_padding() -> None:
+    pages = jnp.zeros(kv_pages_shape(3, 4, 2, 8))
+    k = jnp.arange(3 * 2 * 8, dtype=jnp.float32).reshape(3, 2, 8)
+    slots = jnp.asarray([5, 11, 12], jnp.int32)  # 12 is one past the pool
+    written = jax.jit(write_kv)(pages, k, -k, slots).reshape(12, 2, 2, 8)
+    np.testing.assert_array_equal(written[5, :, 0], k[0])
+    np.testing.assert_array_equal(written[11, :, 1], -k[1])
+    assert int(jnp.count_nonzero(jnp.any(written != 0, axis=(1, 2, 3)))) == 2

@@ -1,0 +1,161 @@
+"""A tiny random model with a real engine around it, and the oracle: the same model without pages, recomputed in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.models.decoder import abstract_decoder
+from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
+from jaxserve.outputs import RequestOutput
+from jaxserve.page_pool import PagePool
+from jaxserve.prefix_cache import PrefixCache
+from jaxserve.programs import Programs, ProgramInputs, choose_buckets, compile_programs
+from jaxserve.runner import Runner, abstract_state
+from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.sharding import Shardings, make_mesh
+
+VOCAB = 96
+
+
+def tiny_spec(window: int | None = None) -> DecoderSpec:
+    mixer = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(theta=1e4, rotary_dim=16))
+    layers = [LayerSpec(mixer=mixer, mlp=MlpSpec(dim=48, activation="silu"))]
+    layers.append(LayerSpec(mixer=AttentionSpec(**(vars(mixer) | {"window": window})), mlp=layers[0].mlp))
+    return DecoderSpec(vocab_size=VOCAB, d_model=32, layers=tuple(layers), norm=NormSpec(eps=1e-5), max_position=512)
+
+
+@cache
+def tiny_weights(spec: DecoderSpec) -> tuple[Any, tuple[jax.Array, ...]]:
+    """(apply, weights): spread wide enough that tokens differ."""
+    graphdef, state = nnx.split(abstract_decoder(spec, jnp.float32))
+    leaves, treedef = jax.tree.flatten(state)
+    rng = np.random.default_rng(0)
+    weights = tuple(
+        jnp.asarray(rng.standard_normal(x.shape) * (1.5 / x.shape[0] ** 0.5) if len(x.shape) > 1 else np.ones(x.shape), x.dtype)
+        for x in leaves
+    )
+
+    def apply(weights: Any, batch: StepBatch, caches: Any, runtime: Any) -> Any:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))(batch, caches, runtime)
+
+    return apply, weights
+
+
+@dataclass(frozen=True)
+class TinyOptions:
+    page_size: int = 16
+    num_pages: int = 64
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 64
+    max_model_len: int = 256
+    prefix_caching: bool = True
+    window: int | None = None
+    seed: int = 0
+
+
+@cache
+def _programs(options: TinyOptions) -> tuple[Any, ProgramInputs, Programs, Any]:
+    spec = tiny_spec(options.window)
+    apply, weights = tiny_weights(spec)
+    mesh = make_mesh(1)
+    shardings = Shardings(mesh)
+    pages_per_slot = -(-options.max_model_len // options.page_size)
+    buckets = choose_buckets("cpu", options.max_num_seqs, options.max_num_batched_tokens, pages_per_slot, options.page_size)
+    specs = abstract_decoder(spec, jnp.float32).cache_specs()
+    state = abstract_state(
+        specs, options.num_pages, options.page_size, options.max_num_seqs, pages_per_slot, jnp.dtype("float32"), shardings
+    )
+    placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
+    abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
+    inputs = ProgramInputs(abstract, state, options.max_num_seqs, VOCAB, options.page_size, shardings)
+    return buckets, inputs, compile_programs(buckets, inputs, apply, Runtime("cpu", mesh), threads=2), placed
+
+
+def tiny_engine(**changes: Any) -> Engine:
+    """An engine without tokenizer; equal options share their compiled programs."""
+    options = TinyOptions(**changes)
+    buckets, inputs, programs, weights = _programs(options)
+    pool = PagePool(options.num_pages)
+    limits = Limits(
+        buckets.max_num_seqs, buckets.tokens[-1], buckets.mixed_shape(buckets.tokens[-1]).num_page_updates
+    )
+    scheduler = Scheduler(limits, pool, options.page_size, PrefixCache(pool) if options.prefix_caching else None)
+    config = EngineConfig.from_options(model="tiny", max_model_len=options.max_model_len, seed=options.seed)
+    return Engine(config, scheduler, Runner(weights, programs, buckets, inputs), None, vocab_size=VOCAB)
+
+
+def run(engine: Engine, limit: int = 2000) -> dict[str, RequestOutput]:
+    """Steps until nothing is left; the books must balance after every step."""
+    finished = {}
+    for _ in range(limit):
+        if not engine.has_work:
+            assert engine.scheduler.pool.num_held == 0, "pages are held by nobody"
+            return finished
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        engine.check_integrity()
+    raise AssertionError(f"requests are unfinished after {limit} steps")
+
+
+def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=OutputKind.FINAL_ONLY, **changes)
+
+
+class DenseRuntime:
+    """Stands in for Runtime: dense causal attention over the batch's own tokens, no pages."""
+
+    def write_kv(self, cache: jax.Array, k: jax.Array, v: jax.Array, batch: StepBatch) -> jax.Array:
+        return jnp.stack([k, v])
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, batch: StepBatch, *, scale: float, window: int | None, softcap: float | None
+    ) -> jax.Array:
+        k, v = (jnp.repeat(x, q.shape[1] // kv.shape[2], axis=1) for x in kv)
+        logits = jnp.einsum("TNH,SNH->NTS", q, k) * scale
+        t = jnp.arange(q.shape[0])
+        seen = t[None] <= t[:, None]
+        if window is not None:
+            seen &= t[None] > t[:, None] - window
+        return jnp.einsum("NTS,SNH->TNH", jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1), v)
+
+
+@cache
+def _dense(spec: DecoderSpec) -> Any:
+    apply, weights = tiny_weights(spec)
+
+    @jax.jit
+    def logits(token_ids: jax.Array) -> jax.Array:
+        n = token_ids.shape[0]
+        zero = jnp.zeros(1, jnp.int32)
+        batch = StepBatch(token_ids, jnp.arange(n), zero, zero, zero[None], zero, zero[0], jnp.arange(n))
+        return apply(weights, batch, (zero,) * len(spec.layers), DenseRuntime())[0]
+
+    return logits
+
+
+def dense_logits(token_ids: list[int], window: int | None = None) -> np.ndarray:
+    """[len(token_ids), V]: the oracle's logits."""
+    padded = np.zeros(256, np.int32)
+    padded[: len(token_ids)] = token_ids
+    return np.asarray(_dense(tiny_spec(window))(jnp.asarray(padded)))[: len(token_ids)]
+
+
+def assert_greedy(prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3) -> None:
+    """Each output token is the oracle's best, up to near-ties of the logits."""
+    logits = dense_logits(prompt + output, window)[len(prompt) - 1 : -1]
+    chosen = logits[np.arange(len(output)), output]
+    assert np.all(chosen >= logits.max(axis=-1) - near_tie), f"not the oracle's tokens: {output} != {logits.argmax(-1)}"
+
+
