@@ -72,9 +72,7 @@ class AsyncEngine:
         self._dead: str | None = None
 
     @classmethod
-    def from_config(
-        cls, config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
-    ) -> Self:
+    def from_config(cls, config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None) -> Self:
         """Loads and compiles; blocks until the engine is ready."""
         return cls(build_engine(config, observer=observer, on_progress=on_progress))
 

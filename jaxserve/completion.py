@@ -30,7 +30,6 @@ class Completion:
         self._changed = True
         if logprobs is not None and request.logprobs is not None:
             request.logprobs.append(logprobs)
-            request.cumulative_logprob += logprobs[token_id].logprob
         params = request.group.params
         at_stop_id = token_id in request.group.stop_ids and request.num_output_tokens > params.min_tokens
         if self._detokenizer is not None and (not at_stop_id or params.include_stop_str_in_output):
@@ -65,7 +64,7 @@ class Completion:
             index=request.index,
             text=text,
             token_ids=request.token_ids[request.num_prompt_tokens + start :],
-            cumulative_logprob=None if request.logprobs is None else request.cumulative_logprob,
+            cumulative_logprob=request.cumulative_logprob if request.has_logprobs else None,
             logprobs=None if request.logprobs is None else request.logprobs[start:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
@@ -78,6 +77,8 @@ def group_output(group: RequestGroup, completions: dict[Request, Completion], er
     if group.params.output_kind is OutputKind.FINAL_ONLY and not finished:
         return None
     outputs = [output for r in group.requests if (output := completions[r].output()) is not None]
+    if group.params.best_of is not None:
+        outputs = _best(outputs, group.params.n, finished)
     if not outputs and not finished:
         return None
     return RequestOutput(
@@ -87,8 +88,19 @@ def group_output(group: RequestGroup, completions: dict[Request, Completion], er
         outputs=outputs,
         finished=finished,
         num_cached_tokens=group.requests[0].num_cached_tokens,
+        prompt_logprobs=group.requests[0].prompt_logprobs if group.params.prompt_logprobs is not None else None,
         error=error,
     )
+
+
+def _best(outputs: list[CompletionOutput], n: int, finished: bool) -> list[CompletionOutput]:
+    """The n likeliest of best_of completions, numbered anew; none before all have ended."""
+    if not finished:
+        return []
+    ranked = sorted(outputs, key=lambda o: -(o.cumulative_logprob or 0.0))[:n]
+    for index, output in enumerate(ranked):
+        output.index = index
+    return ranked
 
 
 def is_live(request: Request) -> bool:

@@ -19,6 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
 from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
 from jaxserve.outputs import FinishReason, Logprob, RequestOutput, TokenLogprobs
+from jaxserve.plan import NO_TARGET
 from jaxserve.request import Request, RequestGroup
 from jaxserve.runner import InFlight, Runner
 from jaxserve.sampler import MAX_LOGPROBS
@@ -108,16 +109,17 @@ class Engine:
             params=params,
             max_output_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            bad_word_ids=self._bad_words(params),
             prompt=prompt,
-            priority=priority,
             cache_salt=cache_salt,
         )
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
-        for index in range(params.n):
+        for index in range(params.num_samples):
             request = Request(group, index, seed + index, (priority, next(self._order)))
             group.requests.append(request)
             self._completions[request] = Completion(request, self.tokenizer)
-            self.scheduler.add(request)
+        group.unforked = group.requests[1:]
+        self.scheduler.add(group.requests[0])
         self._groups[request_id] = group
         return request_id
 
@@ -177,14 +179,18 @@ class Engine:
                 "Shorten the prompt or raise max_model_len.",
                 param="prompt",
             )
-        for name, ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        given = {
+            "prompt": prompt_token_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": list(params.logit_bias or ()),
+        }
+        for name, ids in given.items():
             if not (0 <= min(ids, default=0) and max(ids, default=0) < self.vocab_size):
                 wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
                 raise InvalidRequestError(
                     f"{name} holds token id {wrong}; the vocabulary has ids 0 to {self.vocab_size - 1}", param=name
                 )
-        if params.logprobs is not None and params.logprobs > MAX_LOGPROBS:
-            raise InvalidRequestError(f"logprobs is {params.logprobs}; at most {MAX_LOGPROBS} can be given", param="logprobs")
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer; use stop_token_ids", param="stop")
 
@@ -202,18 +208,24 @@ class Engine:
         now = time.monotonic()
         changed: dict[str, RequestGroup] = {}
         num_sampled = 0
-        tokens = results["tokens"].tolist() if step.requests else []
-        for row, request in enumerate(step.requests):
+        tokens = results["tokens"].tolist() if step.rows else []
+        for i, row in enumerate(step.rows):
+            request = row.request
+            if row.target != NO_TARGET:
+                wanted = request.group.params.prompt_logprobs
+                request.prompt_logprobs[row.position] = self._logprobs(row.target, wanted, results, i)
+                continue
             request.num_in_flight -= 1
             if not is_live(request):
                 continue
             num_sampled += 1
-            self._completions[request].append(tokens[row], self._token_logprobs(request, results, row))
+            wanted = request.group.params.logprobs
+            logprobs = None if wanted is None else self._logprobs(tokens[i], wanted, results, i)
+            if "logprob" in results:
+                request.cumulative_logprob += float(results["logprob"][i])
+            self._completions[request].append(tokens[i], logprobs)
             self._record_token(request, now)
-            if request.finish_reason is not None:
-                self._finish(request)
-            elif len(request.token_ids) % self.scheduler.page_size == 0:
-                self.scheduler.record_computed_pages(request)
+            self._after_token(request)
             changed[request.group.request_id] = request.group
         outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
         for group in changed.values():
@@ -222,16 +234,40 @@ class Engine:
         self._record_step(step, num_sampled)
         return outputs
 
-    def _token_logprobs(self, request: Request, results: dict[str, NDArray[Any]], row: int) -> TokenLogprobs | None:
-        wanted = request.group.params.logprobs
-        if wanted is None:
-            return None
-        token = int(results["tokens"][row])
-        top = zip(results["top_ids"][row, :wanted].tolist(), results["top_logprobs"][row, :wanted].tolist(), strict=True)
+    def _after_token(self, request: Request) -> None:
+        if request.finish_reason is not None:
+            self._finish(request)
+            return
+        if len(request.token_ids) % self.scheduler.page_size == 0:
+            self.scheduler.record_computed_pages(request)
+        if request.needs_host and (bans := request.group.banned_next(request.output_token_ids)) != request.bans:
+            request.bans = bans
+            if request.is_placed:  # else the row is written when it gets a slot again
+                self.runner.set_shaping(request)
+
+    def _logprobs(self, token: int, wanted: int | None, results: dict[str, NDArray[Any]], row: int) -> TokenLogprobs:
+        """The token at a position and the likeliest ones; a wanted count below 0 is the whole vocabulary."""
+        assert wanted is not None
+        if wanted < 0 or wanted > MAX_LOGPROBS:
+            order = np.argsort(-results["all_logprobs"][row], kind="stable")[: wanted if wanted >= 0 else None]
+            top_ids, top = order, results["all_logprobs"][row][order]
+        else:
+            top_ids, top = results["top_ids"][row, :wanted], results["top_logprobs"][row, :wanted]
         entries = [(token, float(results["logprob"][row]), int(results["rank"][row]))]
-        entries += [(i, logprob, rank) for rank, (i, logprob) in enumerate(top, start=1) if i != token]
+        likeliest = zip(top_ids.tolist(), top.tolist(), strict=True)
+        entries += [(i, logprob, rank) for rank, (i, logprob) in enumerate(likeliest, start=1) if i != token]
         text = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
         return {i: Logprob(logprob, rank, text(i)) for i, logprob, rank in entries}
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that spell each bad word, at the start of a text and after a space."""
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidRequestError("bad_words need a tokenizer; use logit_bias", param="bad_words")
+        words = [w for word in params.bad_words for w in (word.lstrip(), " " + word.lstrip())]
+        ids = [tuple(self.tokenizer.encode(word, add_special_tokens=False)) for word in words]
+        return tuple(dict.fromkeys(word for word in ids if word))
 
     def _finish(self, request: Request) -> None:
         self.scheduler.record_computed_pages(request)

@@ -139,7 +139,13 @@ class LLM:
     def _drive(self, total: int, show_progress: bool) -> dict[str, RequestOutput]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         outputs: dict[str, RequestOutput] = {}
         num_tokens = 0
         with Progress(*columns, disable=not show_progress) as progress:

@@ -19,8 +19,12 @@ from jaxserve.models.interface import StepBatch
 
 ON_DEVICE = -1  # a token id that only the device knows: the last one sampled in the row's slot
 
-SLOT, POSITION, SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(8)
-SAMPLE_FIELDS = 8
+NO_TARGET = -1  # the row is sampled; any other target is a given token whose log probability is asked
+
+SLOT, POSITION, TARGET, SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(9)
+SHAPED, MIN_POSITION, PRESENCE, FREQUENCY, REPETITION = range(9, 14)
+SAMPLE_FIELDS = 14
+"""Fields of a sample row; those from TEMPERATURE on that are not counts are the bits of a float32."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class PlanBuffer:
         self.samples = view["samples"]
         self.page_index[:] = np.iinfo(np.int32).max  # unused updates and samples fall outside and are dropped
         self.samples[:, SLOT] = num_slots
+        self.samples[:, TARGET] = NO_TARGET
 
 
 @dataclass(frozen=True)

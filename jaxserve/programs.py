@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve import step
+from jaxserve import shaping, step
 from jaxserve.models.interface import Runtime
 from jaxserve.plan import SAMPLE_FIELDS, PlanShape
 from jaxserve.sampler import Mode
@@ -57,11 +57,11 @@ class Buckets:
         mixed = [self.mixed_shape(n) for n in reversed(self.tokens)]
         return mixed + [self.decode_shape(n) for n in reversed(self.decode)]
 
-    def choose(self, num_rows: int, num_tokens: int, num_page_updates: int) -> PlanShape:
+    def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
         """The smallest plan that holds a step."""
         if num_rows == num_tokens:
             shape = self.decode_shape(_at_least(self.decode, num_rows))
-            if num_page_updates <= shape.num_page_updates:
+            if num_samples <= shape.num_samples and num_page_updates <= shape.num_page_updates:
                 return shape
         return next(
             shape
@@ -102,13 +102,15 @@ class Programs:
 
     forward: Mapping[PlanShape, jax.stages.Compiled]
     sample: Mapping[tuple[int, Mode], jax.stages.Compiled]
+    others: Mapping[str, jax.stages.Compiled]
 
     def __len__(self) -> int:
-        return len(self.forward) + len(self.sample)
+        return len(self.forward) + len(self.sample) + len(self.others)
 
     def temporary_bytes(self) -> int:
         """The most device memory that a program needs besides its arguments and what it returns in their place."""
-        return max(_temporary_bytes(program) for program in [*self.forward.values(), *self.sample.values()])
+        programs = [*self.forward.values(), *self.sample.values()]
+        return max(_temporary_bytes(program) for program in programs)
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,17 @@ class ProgramInputs:
     page_size: int
     shardings: Shardings
 
+    @property
+    def shaping(self) -> shaping.Shaping:
+        return jax.tree.map(lambda x: self.array(x.shape, x.dtype), shaping.shape_like(self.num_slots, self.vocab_size))
+
     def array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.shardings.replicated)
 
 
-def lower_forward(
-    shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime
-) -> jax.stages.Lowered:
+def lower_forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> jax.stages.Lowered:
     """One forward program, traced and lowered; the state is donated."""
-    function = partial(
-        step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=inputs.page_size
-    )
+    function = partial(step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=inputs.page_size)
     replicated = inputs.shardings.replicated
     state_shardings = jax.tree.map(lambda x: x.sharding, inputs.state)
     jitted = jax.jit(function, donate_argnums=1, out_shardings=(state_shardings, replicated, replicated))
@@ -140,10 +142,25 @@ def lower_forward(
 
 
 def lower_sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> jax.stages.Lowered:
-    """One sample program, traced and lowered; last_tokens is donated."""
-    jitted = jax.jit(partial(step.sample, mode=mode), donate_argnums=1, out_shardings=inputs.shardings.replicated)
+    """One sample program, traced and lowered; what it keeps by slot is donated."""
+    jitted = jax.jit(partial(step.sample, mode=mode), donate_argnums=(2, 3), out_shardings=inputs.shardings.replicated)
     logits = inputs.array((num_samples, inputs.vocab_size), jnp.float32)
-    return jitted.lower(logits, inputs.array((inputs.num_slots,)), inputs.array((num_samples, SAMPLE_FIELDS)))
+    state = inputs.shaping if mode.needs_shaping else None
+    return jitted.lower(logits, inputs.array((num_samples, SAMPLE_FIELDS)), inputs.array((inputs.num_slots,)), state)
+
+
+def lower_set_shaping(inputs: ProgramInputs) -> jax.stages.Lowered:
+    """Writes one request's shaping row."""
+    row = jax.tree.map(lambda x: inputs.array(x.shape, x.dtype), shaping.shape_like(inputs.vocab_size))
+    jitted = jax.jit(shaping.set_row, donate_argnums=0, out_shardings=inputs.shardings.replicated)
+    return jitted.lower(inputs.shaping, row, inputs.array(()))
+
+
+def lower_copy_pages(inputs: ProgramInputs) -> jax.stages.Lowered:
+    """Copies pages, at most one for each slot."""
+    ids = inputs.array((inputs.num_slots,))
+    jitted = jax.jit(step.copy_pages, donate_argnums=0, out_shardings=tuple(x.sharding for x in inputs.state.caches))
+    return jitted.lower(inputs.state.caches, ids, ids)
 
 
 def compile_programs(
@@ -157,20 +174,24 @@ def compile_programs(
     """Compiles the whole list, in parallel: tracing shares Python, XLA's compiler does not."""
     forward: dict[PlanShape, jax.stages.Compiled] = {}
     sample: dict[tuple[int, Mode], jax.stages.Compiled] = {}
+    others: dict[str, jax.stages.Compiled] = {}
+    work: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
+    for shape in buckets.shapes:
+        work.append((forward, shape, partial(lower_forward, shape, inputs, apply_model, runtime)))
+    for num_samples in buckets.samples:
+        for mode in Mode:
+            work.append((sample, (num_samples, mode), partial(lower_sample, num_samples, mode, inputs)))
+    work.append((others, "set_shaping", partial(lower_set_shaping, inputs)))
+    work.append((others, "copy_pages", partial(lower_copy_pages, inputs)))
+
     with ThreadPoolExecutor(threads) as pool:
-        jobs: dict[Any, tuple[dict[Any, jax.stages.Compiled], Any]] = {}
-        for shape in buckets.shapes:
-            job = pool.submit(lambda s: lower_forward(s, inputs, apply_model, runtime).compile(), shape)
-            jobs[job] = (forward, shape)
-        for key in [(n, mode) for n in buckets.samples for mode in Mode]:
-            job = pool.submit(lambda k: lower_sample(*k, inputs).compile(), key)
-            jobs[job] = (sample, key)
+        jobs = {pool.submit(lambda lower: lower().compile(), lower): (target, name) for target, name, lower in work}
         for done, job in enumerate(as_completed(jobs), start=1):
             target, name = jobs[job]
             target[name] = job.result()
             if on_progress is not None:
                 on_progress("compile", done, len(jobs))
-    return Programs(forward, sample)
+    return Programs(forward, sample, others)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -11,18 +13,28 @@ from numpy.typing import NDArray
 
 from jaxserve.outputs import FinishReason, TokenLogprobs
 from jaxserve.plan import (
+    FREQUENCY,
     MIN_P,
+    MIN_POSITION,
+    NO_TARGET,
+    PRESENCE,
+    REPETITION,
     SAMPLE_FIELDS,
     SEED_HIGH,
     SEED_LOW,
+    SHAPED,
+    TARGET,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     float_bits,
 )
 from jaxserve.prefix_cache import PageKey, page_key, root_key
-from jaxserve.sampler import Mode
+from jaxserve.sampler import MAX_LOGPROBS, Mode
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.shaping import Shaping, host_row
+
+MODES = list(Mode)
 
 
 class Status(Enum):
@@ -46,8 +58,8 @@ class RequestGroup:
     params: SamplingParams
     max_output_tokens: int
     stop_ids: frozenset[int]
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     prompt: str | None = None
-    priority: int = 0
     cache_salt: str = ""
     arrival_s: float = field(default_factory=time.monotonic)
     requests: list[Request] = field(default_factory=list)
@@ -56,6 +68,12 @@ class RequestGroup:
     @property
     def finished(self) -> bool:
         return all(r.status is Status.FINISHED for r in self.requests)
+
+    def banned_next(self, output_ids: Sequence[int]) -> frozenset[int]:
+        """The last tokens of those bad words whose other tokens end the output."""
+        return frozenset(
+            word[-1] for word in self.bad_word_ids if tuple(output_ids[len(output_ids) - len(word) + 1 :]) == word[:-1]
+        )
 
 
 class Request:
@@ -67,6 +85,8 @@ class Request:
         pages: pages held, in order; the device's table knows the first num_pages_sent of them.
         order: sorts waiting and running requests; smaller goes first and is preempted last.
         num_passed: how often a later request was admitted past this one.
+        is_placed: whether a planned step has given its sampling parameters to its slot.
+        bans: token ids that must not come next.
     """
 
     def __init__(self, group: RequestGroup, index: int, seed: int, order: tuple[int, int]) -> None:
@@ -81,20 +101,39 @@ class Request:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_passed = 0
+        self.is_placed = False
         self.slot = -1
         self.pages: list[int] = []
         self.num_pages_sent = 0
         self.page_keys: list[PageKey] = []
         self.num_pages_cached = 0
         self.logprobs: list[TokenLogprobs] | None = [] if group.params.logprobs is not None else None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * self.num_prompt_tokens
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.scheduled_s: float | None = None  # first time in a step
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        self.mode = sampling_mode(group.params)
-        self.sample_fields = sample_fields(group.params, seed)
+        self.sample_fields = sample_fields(group, seed)
+        self.mode_rank = MODES.index(sampling_mode(group.params, bool(self.sample_fields[SHAPED])))
+        self.bans = group.banned_next(())
+
+    @property
+    def wants_all_logprobs(self) -> bool:
+        """Whether log probabilities of the whole vocabulary are asked."""
+        params = self.group.params
+        return any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in (params.logprobs, params.prompt_logprobs))
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether its tokens' log probabilities are computed."""
+        return MODES[self.mode_rank] is Mode.LOGPROBS
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host must see each token before the next is sampled (bans that depend on the text so far)."""
+        return any(len(word) > 1 for word in self.group.bad_word_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +154,16 @@ class Request:
         """Tokens that a step could compute now; 0 when the last allowed one is already sampled."""
         if self.num_tokens - self.num_prompt_tokens >= self.group.max_output_tokens:
             return 0
+        if self.num_in_flight and self.needs_host:
+            return 0
         return self.num_tokens - self.num_computed
+
+    def shaping_row(self, vocab_size: int) -> Shaping:
+        """What the sampler must know of the request's tokens, biases and bans."""
+        params = self.group.params
+        bias = dict(params.logit_bias or {}) | dict.fromkeys(self.bans, -math.inf)
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        return host_row(vocab_size, prompt, self.output_token_ids, bias, params.allowed_token_ids, self.group.stop_ids)
 
     def update_page_keys(self, page_size: int) -> None:
         """Extends page_keys over the full pages of tokens that the host knows."""
@@ -127,10 +175,12 @@ class Request:
             self.page_keys.append(parent)
 
 
-def sampling_mode(params: SamplingParams) -> Mode:
+def sampling_mode(params: SamplingParams, shaped: bool) -> Mode:
     """The least sample program that can do what the request asks."""
-    if params.logprobs is not None:
+    if params.logprobs is not None or params.prompt_logprobs is not None or params.best_of is not None:
         return Mode.LOGPROBS
+    if shaped:
+        return Mode.SHAPED
     if params.is_greedy:
         return Mode.GREEDY
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
@@ -138,14 +188,27 @@ def sampling_mode(params: SamplingParams) -> Mode:
     return Mode.PLAIN
 
 
-def sample_fields(params: SamplingParams, seed: int) -> NDArray[np.int32]:
+def needs_shaping(group: RequestGroup) -> bool:
+    """Whether penalties, biases or bans change the request's logits."""
+    params = group.params
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    bans = params.allowed_token_ids is not None or group.bad_word_ids or (params.min_tokens and group.stop_ids)
+    return bool(penalties or bans or params.logit_bias)
+
+
+def sample_fields(group: RequestGroup, seed: int) -> NDArray[np.int32]:
     """The request's constant part of a plan's sample row; slot and position are filled in each step."""
+    params = group.params
     fields = np.zeros(SAMPLE_FIELDS, np.int32)
-    low, high = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
-    fields[[SEED_LOW, SEED_HIGH]] = low, high
+    fields[[SEED_LOW, SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
+    fields[TARGET] = NO_TARGET
     fields[TEMPERATURE] = float_bits(params.temperature)
     fields[TOP_K] = params.top_k
     fields[TOP_P] = float_bits(params.top_p)
     fields[MIN_P] = float_bits(params.min_p)
+    fields[SHAPED] = needs_shaping(group)
+    fields[MIN_POSITION] = len(group.prompt_token_ids) + params.min_tokens
+    fields[PRESENCE] = float_bits(params.presence_penalty)
+    fields[FREQUENCY] = float_bits(params.frequency_penalty)
+    fields[REPETITION] = float_bits(params.repetition_penalty)
     return fields
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from jaxserve.models.interface import CacheSpec
 from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
-from jaxserve.plan import ON_DEVICE, POSITION, SAMPLE_FIELDS, SLOT, PlanBuffer
+from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SHAPED, SLOT, TARGET, PlanBuffer
 from jaxserve.programs import Buckets, ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
@@ -26,16 +27,26 @@ from jaxserve.step import DeviceState, Weights
 MODES = list(Mode)
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """A dispatched step whose results are on their way to the host.
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Whose a sampled row of logits is.
 
     Attributes:
-        requests: who gets the sampled tokens, in the order of the sample rows.
+        position: of the token that the row gives.
+        target: a prompt token whose log probability is asked; NO_TARGET where the row is sampled.
     """
 
+    request: Request
+    position: int
+    target: int = NO_TARGET
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A dispatched step whose results are on their way to the host."""
+
     plan: StepPlan
-    requests: list[Request]
+    rows: list[SampleRow]
     outputs: dict[str, jax.Array]
 
 
@@ -48,57 +59,82 @@ class Runner:
         self._inputs = inputs
         self._weights = weights
         self._sample_fields = np.zeros((inputs.num_slots, SAMPLE_FIELDS), np.int32)
+        state = (inputs.state, inputs.array((inputs.num_slots,)), inputs.shaping)
         self._zeros = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (inputs.state, inputs.array((inputs.num_slots,)))),
-            out_shardings=jax.tree.map(lambda x: x.sharding, (inputs.state, inputs.array((inputs.num_slots,)))),
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
+            out_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
         self.reset()
 
     def reset(self) -> None:
         """A fresh state: a step that raised has lost the donated one."""
-        self._state, self._last_tokens = self._zeros()
+        self._state, self._last_tokens, self._shaping = self._zeros()
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Sends one step on its way; returns before the device has run it."""
-        shape = self.buckets.choose(len(plan.rows), plan.num_tokens, plan.num_page_updates)
+        if plan.page_copies:
+            self._copy_pages(plan.page_copies)
+        shape = self.buckets.choose(len(plan.rows), plan.num_tokens, plan.num_samples, plan.num_page_updates)
         buffer = PlanBuffer(shape, self._inputs.num_slots)
-        requests = self._pack(plan, buffer)
-        packed = jax.device_put(buffer.packed, self._inputs.shardings.replicated)
+        rows = self._pack(plan, buffer)
+        packed = self._send(buffer.packed)
         self._state, logits, samples = self.programs.forward[shape](self._weights, self._state, self._last_tokens, packed)
-        outputs: dict[str, jax.Array] = {}
-        if requests:
-            mode = max((r.mode for r in requests), key=MODES.index)
-            program = self.programs.sample[shape.num_samples, mode]
-            self._last_tokens, outputs = program(logits, self._last_tokens, samples)
-            for output in outputs.values():
-                output.copy_to_host_async()
-        return InFlight(plan, requests, outputs)
+        return InFlight(plan, rows, self._sample(shape.num_samples, rows, logits, samples) if rows else {})
 
     @staticmethod
-    def collect(step: InFlight) -> dict[str, NDArray[np.generic]]:
+    def collect(step: InFlight) -> dict[str, NDArray[Any]]:
         """Waits for a step's results."""
         return {name: np.asarray(output) for name, output in step.outputs.items()}
 
+    def set_shaping(self, request: Request) -> None:
+        """Writes the request's penalties and biases to its slot."""
+        row = jax.tree.map(self._send, request.shaping_row(self._inputs.vocab_size))
+        slot = self._send(np.int32(request.slot))
+        self._shaping = self.programs.others["set_shaping"](self._shaping, row, slot)
+
     def shutdown(self) -> None:
         """Frees the device memory."""
-        for array in jax.tree.leaves((self._weights, self._state, self._last_tokens)):
+        for array in jax.tree.leaves((self._weights, self._state, self._last_tokens, self._shaping)):
             array.delete()
         self._weights = ()
 
-    def _assign_slot(self, request: Request) -> None:
+    def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
+        return jax.device_put(array, self._inputs.shardings.replicated)
+
+    def _sample(self, num_samples: int, rows: list[SampleRow], logits: jax.Array, samples: jax.Array) -> dict[str, jax.Array]:
+        mode = MODES[max(row.request.mode_rank for row in rows)]
+        program = self.programs.sample[num_samples, mode]
+        shaping = self._shaping if mode.needs_shaping else None
+        self._last_tokens, shaping, outputs = program(logits, samples, self._last_tokens, shaping)
+        self._shaping = self._shaping if shaping is None else shaping
+        if not any(row.request.wants_all_logprobs for row in rows):
+            outputs.pop("all_logprobs", None)
+        for output in outputs.values():
+            output.copy_to_host_async()
+        return cast(dict[str, jax.Array], outputs)
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        sources = np.zeros(self._inputs.num_slots, np.int32)
+        targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
+        sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
+        caches = self.programs.others["copy_pages"](self._state.caches, self._send(sources), self._send(targets))
+        self._state = DeviceState(caches, self._state.page_tables)
+
+    def _place(self, request: Request) -> None:
         """Keeps the sampling parameters of a request that has just got its slot."""
         self._sample_fields[request.slot] = request.sample_fields
         self._sample_fields[request.slot, SLOT] = request.slot
+        if request.sample_fields[SHAPED]:
+            self.set_shaping(request)
 
-    def _pack(self, plan: StepPlan, buffer: PlanBuffer) -> list[Request]:
-        """Writes the plan into the buffer; returns who is sampled, in order."""
-        requests: list[Request] = []
-        positions: list[int] = []
+    def _pack(self, plan: StepPlan, buffer: PlanBuffer) -> list[SampleRow]:
+        """Writes the plan into the buffer; returns whose the sampled rows are, in order."""
+        rows: list[SampleRow] = []
         at, update = 0, 0
         for i, row in enumerate(plan.rows):
             request, end = row.request, row.start + row.num_tokens
-            if row.new_pages == 0:  # its first row in this slot
-                self._assign_slot(request)
+            for placed in row.placed:
+                self._place(placed)
             buffer.row_slot[i] = request.slot
             buffer.row_position[i] = row.start
             buffer.row_tokens[i] = row.num_tokens
@@ -112,20 +148,34 @@ class Runner:
                 buffer.page_index[update : update + len(new_pages)] = range(index, index + len(new_pages))
                 buffer.page_id[update : update + len(new_pages)] = new_pages
                 update += len(new_pages)
+            for offset in range(row.num_targets):
+                buffer.logit_rows[len(rows)] = at + offset
+                position = row.start + offset + 1
+                rows.append(SampleRow(request, position, request.token_ids[position]))
             at += row.num_tokens
             for sampled in row.samples:
-                buffer.logit_rows[len(requests)] = at - 1
-                requests.append(sampled)
-                positions.append(end)
+                buffer.logit_rows[len(rows)] = at - 1
+                rows.append(SampleRow(sampled, end))
         buffer.num_single_rows[0] = sum(row.num_tokens == 1 for row in plan.rows)
-        if requests:
-            buffer.samples[: len(requests)] = self._sample_fields[[r.slot for r in requests]]
-            buffer.samples[: len(requests), POSITION] = positions
-        return requests
+        if rows:
+            samples = buffer.samples[: len(rows)]
+            samples[:] = self._sample_fields[[row.request.slot for row in rows]]
+            samples[:, POSITION] = [row.position for row in rows]
+            if any(row.num_targets for row in plan.rows):
+                targets = np.array([row.target for row in rows])
+                samples[:, TARGET] = targets
+                samples[targets != NO_TARGET, SLOT] = self._inputs.num_slots  # these rows sample nothing
+        return rows
 
 
 def abstract_state(
-    specs: tuple[CacheSpec, ...], num_pages: int, page_size: int, num_slots: int, pages_per_slot: int, dtype: jnp.dtype, to: Shardings
+    specs: tuple[CacheSpec, ...],
+    num_pages: int,
+    page_size: int,
+    num_slots: int,
+    pages_per_slot: int,
+    dtype: jnp.dtype,
+    to: Shardings,
 ) -> DeviceState:
     """Shapes and shardings of the state, without allocating it."""
     struct = partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=to.kv_pages)

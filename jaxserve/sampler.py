@@ -13,7 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jaxserve.plan import MIN_P, POSITION, SEED_HIGH, SEED_LOW, TEMPERATURE, TOP_K, TOP_P, bits_to_float
+from jaxserve.plan import (
+    MIN_P,
+    NO_TARGET,
+    POSITION,
+    SEED_HIGH,
+    SEED_LOW,
+    TARGET,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    bits_to_float,
+)
+from jaxserve.shaping import Shaping, count_tokens, shape_logits
 
 MAX_LOGPROBS = 20
 
@@ -24,10 +36,17 @@ class Mode(Enum):
     GREEDY = "greedy"
     PLAIN = "plain"  # temperature
     FULL = "full"  # top-k, top-p, min-p
-    LOGPROBS = "logprobs"  # and the likeliest tokens' log probabilities
+    SHAPED = "shaped"  # penalties, biases, bans
+    LOGPROBS = "logprobs"  # and log probabilities
+
+    @property
+    def needs_shaping(self) -> bool:
+        return self in (Mode.SHAPED, Mode.LOGPROBS)
 
 
-def sample(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode) -> dict[str, Array]:
+def sample(
+    logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode, shaping: Shaping | None = None
+) -> tuple[dict[str, Array], Shaping | None]:
     """Samples one token a row.
 
     A row's token depends on its own logits and parameters alone: the noise is drawn from (seed, position).
@@ -36,23 +55,35 @@ def sample(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: M
         logits: float32.
         samples: the plan's sample rows (fields of plan.py).
         mode: see Mode.
+        shaping: the penalties and biases by slot, for the modes that have them.
 
     Returns:
-        tokens [S]; with Mode.LOGPROBS also logprob and rank of the token [S], and top_ids, top_logprobs [S, MAX_LOGPROBS].
+        (outputs, shaping after these tokens). Outputs: tokens [S]; with Mode.LOGPROBS also logprob and rank of the token
+        (or of the row's target) [S], top_ids and top_logprobs [S, MAX_LOGPROBS], and all_logprobs [S, V]; log probabilities
+        are those of the logits as they came.
     """
-    logits = logits.astype(jnp.float32)
+    raw = logits.astype(jnp.float32)
+    logits = raw if shaping is None else shape_logits(raw, shaping, samples)
+    tokens = _choose(logits, samples, mode)
+    if shaping is not None:
+        shaping = count_tokens(shaping, tokens, samples)
+    outputs = {"tokens": tokens}
+    if mode is Mode.LOGPROBS:
+        targets = samples[:, TARGET]
+        outputs |= _logprobs(raw, jnp.where(targets == NO_TARGET, tokens, targets))
+    return outputs, shaping
+
+
+def _choose(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode) -> Int[Array, " S"]:
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if mode is Mode.GREEDY:
-        return {"tokens": greedy}
+        return greedy
     temperature = bits_to_float(samples[:, TEMPERATURE])
     scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
     if mode is not Mode.PLAIN:
         scaled = jnp.where(_kept(scaled, samples), scaled, -jnp.inf)
     drawn = jnp.argmax(scaled + _gumbel(samples, logits.shape[1]), axis=-1).astype(jnp.int32)
-    tokens = jnp.where(temperature > 0, drawn, greedy)
-    if mode is not Mode.LOGPROBS:
-        return {"tokens": tokens}
-    return {"tokens": tokens} | _logprobs(logits, tokens)
+    return jnp.where(temperature > 0, drawn, greedy)
 
 
 def _gumbel(samples: Int[Array, "S fields"], vocab_size: int) -> Float[Array, "S V"]:
@@ -88,9 +119,7 @@ def _ordered_bits(x: Float[Array, "S V"]) -> UInt[Array, "S V"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_threshold(
-    order: UInt[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, " S"]
-) -> UInt[Array, " S"]:
+def _largest_threshold(order: UInt[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, " S"]) -> UInt[Array, " S"]:
     """The largest t for which the weights of the entries >= t still add up to `wanted`; bit by bit from the top."""
 
     def bit(i: Array, threshold: UInt[Array, " S"]) -> UInt[Array, " S"]:
@@ -106,4 +135,10 @@ def _logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> dict[str
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
     top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
     rank = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
-    return {"logprob": chosen[:, 0], "rank": rank, "top_ids": top_ids, "top_logprobs": top_logprobs}
+    return {
+        "logprob": chosen[:, 0],
+        "rank": rank,
+        "top_ids": top_ids,
+        "top_logprobs": top_logprobs,
+        "all_logprobs": logprobs,
+    }

@@ -24,10 +24,17 @@ class SamplingParams:
 
     Attributes:
         n: completions to return for the prompt.
+        best_of: completions to sample, of which the n with the highest cumulative log probability are returned.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of likeliest tokens with at least this probability.
         min_p: drop tokens less likely than this fraction of the likeliest one's probability.
+        presence_penalty: subtracted from the logits of tokens that the output holds already.
+        frequency_penalty: subtracted once for each time that the output holds the token.
+        repetition_penalty: divides positive, multiplies negative logits of tokens in the prompt or output (CTRL, 2019).
+        logit_bias: token id -> what is added to its logit.
+        allowed_token_ids: only these can be sampled; None allows all.
+        bad_words: strings that the output must not hold; a word's last token is banned where the others stand before it.
         seed: makes the request's tokens reproducible; None draws one from the engine's seed.
         stop: strings that end the text; the text is cut before them.
         stop_token_ids: token ids that end the text, besides the model's end-of-sequence ids.
@@ -43,10 +50,17 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -65,7 +79,14 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         _check(self.n >= 1, "n", "at least 1", self.n)
+        _check(self.best_of is None or self.best_of >= self.n, "best_of", f"at least n ({self.n})", self.best_of)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, "between -2 and 2", getattr(self, name))
+        _check(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
+        _check(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "not empty", ())
+        _check(all(self.bad_words), "bad_words", "non-empty strings", self.bad_words)
         _check(self.temperature >= 0, "temperature", "0 or more", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _check(self.top_k >= -1, "top_k", "-1 or 0 (all tokens), or a positive count", self.top_k)
@@ -80,12 +101,19 @@ class SamplingParams:
         _check(all(self.stop), "stop", "non-empty strings", self.stop)
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
+        if self.best_of is not None and self.output_kind is OutputKind.DELTA:
+            raise InvalidRequestError("best_of cannot be streamed: the best are known at the end", param="best_of")
         if self.seed is not None:
             _check(-(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer", self.seed)
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def num_samples(self) -> int:
+        """Completions to sample."""
+        return self.n if self.best_of is None else self.best_of
 
     @classmethod
     def from_defaults(cls, defaults: Mapping[str, Any], **given: Any) -> Self:

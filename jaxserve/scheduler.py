@@ -26,6 +26,8 @@ class PlanRow:
         samples: the requests that get a token sampled from the row's last logits: the request itself, and those that fork
             from it; none while the prompt is not computed to its end.
         new_pages: index of the first page that the device's table does not know yet.
+        num_targets: how many of the row's tokens are prompt tokens whose next token's log probability is wanted.
+        placed: requests that have just got their slot.
     """
 
     request: Request
@@ -33,6 +35,8 @@ class PlanRow:
     num_tokens: int
     samples: list[Request]
     new_pages: int
+    num_targets: int
+    placed: list[Request]
 
 
 @dataclass(slots=True)
@@ -102,11 +106,12 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before results come back."""
         plan = StepPlan()
-        later = [r for r in self.running if not self._is_single(r)]
-        preempted = False
-        for request in [r for r in self.running if self._is_single(r)] + later:
-            preempted |= self._continue(request, plan)
-        if not preempted:
+        preemptions = self.num_preemptions
+        singles = [r for r in self.running if r.num_to_compute == 1]
+        chunks = [r for r in self.running if r.num_to_compute > 1]
+        for i, request in enumerate(singles + chunks):
+            self._continue(request, plan, num_behind=len(singles) + len(chunks) - i - 1)
+        if self.num_preemptions == preemptions:
             self._admit(plan)
         if not plan.rows:
             return None
@@ -147,38 +152,53 @@ class Scheduler:
 
     # Running requests
 
-    @staticmethod
-    def _is_single(request: Request) -> bool:
-        return request.num_to_compute == 1
-
-    def _continue(self, request: Request, plan: StepPlan) -> bool:
-        """Plans a running request's next tokens; True where that took a preemption."""
-        wanted = min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens)
-        if request.status is not Status.RUNNING or wanted == 0:
-            return False
-        preempted = False
-        while not self._reserve(request, request.num_computed + wanted):
+    def _continue(self, request: Request, plan: StepPlan, num_behind: int) -> None:
+        """Plans a running request's next tokens; preempts others, or itself, where the pool is full."""
+        wanted = self._chunk(request, plan, num_behind)
+        if request.status is not Status.RUNNING or wanted <= 0:
+            return
+        while not self._reserve(request, request.num_computed + wanted, plan):
             victim = max(self.running, key=lambda r: r.order)
             self._unplan(victim, plan)
             self._preempt(victim)
-            preempted = True
             if victim is request:
-                return True
-        self._add_row(request, wanted, plan)
-        return preempted
+                return
+        if plan.num_page_updates + len(request.pages) - request.num_pages_sent <= self.limits.max_page_updates:
+            self._add_row(request, wanted, plan, num_behind)
 
-    def _reserve(self, request: Request, num_tokens: int) -> bool:
-        """Gets the pages for so many tokens, all or none."""
+    def _chunk(self, request: Request, plan: StepPlan, num_behind: int) -> int:
+        """Tokens to compute now, given that each request behind may still want a row of logits."""
+        wanted = min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens)
+        if self._wants_prompt_logprobs(request):
+            wanted = min(wanted, self.limits.max_num_seqs - plan.num_samples - num_behind)
+        return wanted
+
+    @staticmethod
+    def _wants_prompt_logprobs(request: Request) -> bool:
+        asked = request.group.params.prompt_logprobs is not None and request.index == 0
+        return asked and request.num_computed < request.num_prompt_tokens - 1
+
+    def _reserve(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
+        """Gets the pages for so many tokens, all or none; a shared page that will be written is replaced by a copy."""
         missing = -(-num_tokens // self.page_size) - len(request.pages)
-        if missing <= 0:
-            return True
-        if missing > self.pool.num_free:
+        index, offset = divmod(request.num_computed, self.page_size)
+        copies = offset > 0 and self.pool.holders(request.pages[index]) > 1
+        if max(missing, 0) + copies > self.pool.num_free:
             return False
         for _ in range(missing):
-            page = self.pool.allocate()
-            assert page is not None
-            request.pages.append(page)
+            request.pages.append(self._allocate())
+        if copies:
+            page = self._allocate()
+            plan.page_copies.append((request.pages[index], page))
+            self.pool.release(request.pages[index])
+            request.pages[index] = page
+            request.num_pages_sent = min(request.num_pages_sent, index)
         return True
+
+    def _allocate(self) -> int:
+        page = self.pool.allocate()
+        assert page is not None, "the caller has counted the free pages"
+        return page
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -188,11 +208,18 @@ class Scheduler:
         self.add(request)
 
     def _unplan(self, request: Request, plan: StepPlan) -> None:
-        for row in [row for row in plan.rows if row.request is request]:
-            plan.rows.remove(row)
-            plan.num_tokens -= row.num_tokens
-            plan.num_samples -= len(row.samples)
-            request.num_in_flight -= len(row.samples)
+        for row in list(plan.rows):
+            if request in row.samples:
+                row.samples.remove(request)
+                plan.num_samples -= 1
+                request.num_in_flight -= 1
+            if request in row.placed:
+                row.placed.remove(request)
+            if row.request is request:
+                assert not row.samples, "a request is preempted before those that forked from it"
+                plan.rows.remove(row)
+                plan.num_tokens -= row.num_tokens
+                plan.num_samples -= row.num_targets
 
     def _free(self, request: Request) -> None:
         # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
@@ -202,6 +229,70 @@ class Scheduler:
         request.num_pages_sent = request.num_pages_cached = request.num_computed = 0
         self._free_slots.append(request.slot)
         request.slot = -1
+        request.is_placed = False
+
+    def _add_row(self, request: Request, num_tokens: int, plan: StepPlan, num_behind: int = 0) -> None:
+        start = request.num_computed
+        num_targets = 0
+        if self._wants_prompt_logprobs(request):
+            num_targets = min(start + num_tokens, request.num_prompt_tokens - 1) - start
+        row = PlanRow(request, start, num_tokens, [], request.num_pages_sent, num_targets, [])
+        if not request.is_placed:
+            self._place(request, row)
+        plan.rows.append(row)
+        plan.num_tokens += num_tokens
+        plan.num_samples += num_targets
+        plan.num_page_updates += len(request.pages) - request.num_pages_sent
+        request.num_computed += num_tokens
+        request.num_pages_sent = len(request.pages)
+        if request.num_computed == request.num_tokens:
+            self._add_sample(request, row, plan)
+            self._fork_group(row, plan, num_behind)
+
+    @staticmethod
+    def _place(request: Request, row: PlanRow) -> None:
+        row.placed.append(request)
+        request.is_placed = True
+
+    @staticmethod
+    def _add_sample(request: Request, row: PlanRow, plan: StepPlan) -> None:
+        row.samples.append(request)
+        plan.num_samples += 1
+        request.num_in_flight += 1
+
+    # Forks
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Starts a child that shares all of a running parent's pages; needs a free slot."""
+        for page in parent.pages:
+            self.pool.share(page)
+        child.pages = list(parent.pages)
+        child.num_computed = parent.num_computed
+        child.num_cached_tokens = parent.num_cached_tokens
+        child.num_pages_cached = parent.num_pages_cached
+        child.page_keys = list(parent.page_keys)
+        child.scheduled_s = parent.scheduled_s
+        self._run(child)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def _fork_group(self, row: PlanRow, plan: StepPlan, num_behind: int) -> None:
+        """A prompt that is computed to its end gives a first token to the request's siblings as well."""
+        siblings, row.request.group.unforked = row.request.group.unforked, []
+        for sibling in siblings:
+            if self._free_slots and plan.num_samples + num_behind < self.limits.max_num_seqs:
+                self.fork(row.request, sibling)
+                self._place(sibling, row)
+                self._add_sample(sibling, row, plan)
+            else:
+                self.add(sibling)
+
+    def _run(self, request: Request) -> None:
+        self.running.append(request)
+        request.status = Status.RUNNING
+        request.slot = self._free_slots.pop()
 
     # Admission
 
@@ -209,7 +300,9 @@ class Scheduler:
         """Starts waiting requests in order. One that does not fit is passed by smaller ones, but not for ever."""
         passed: list[Request] = []
         for request in list(self.waiting):
-            if not self._free_slots or plan.num_tokens >= self.limits.max_num_batched_tokens:
+            if not self._free_slots or plan.num_samples >= self.limits.max_num_seqs:
+                break
+            if plan.num_tokens >= self.limits.max_num_batched_tokens:
                 break
             if request.num_in_flight or not self._fits(request, plan):
                 if request.num_passed >= MAX_PASSED:
@@ -230,7 +323,7 @@ class Scheduler:
         return from_free <= self.pool.num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
-        if self.prefix_cache is None:
+        if self.prefix_cache is None or self._wants_prompt_logprobs(request):
             return []
         request.update_page_keys(self.page_size)
         # The last token is always computed: its logits are wanted.
@@ -247,22 +340,8 @@ class Scheduler:
             self.prefix_cache.queries += request.num_prompt_tokens
             self.prefix_cache.hits += request.num_computed
             request.num_cached_tokens = request.num_computed
-        reserved = self._reserve(request, len(request.token_ids))
-        assert reserved, "_fits has checked the pages"
+        reserved = self._reserve(request, len(request.token_ids), plan)
+        assert reserved, "_fits has counted the pages"
         self.waiting.remove(request)
-        self.running.append(request)
-        request.status = Status.RUNNING
-        request.slot = self._free_slots.pop()
-        self._add_row(request, min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens), plan)
-
-    def _add_row(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
-        start = request.num_computed
-        samples = [request] if start + num_tokens == request.num_tokens else []
-        plan.rows.append(PlanRow(request, start, num_tokens, samples, request.num_pages_sent))
-        plan.num_tokens += num_tokens
-        plan.num_samples += len(samples)
-        plan.num_page_updates += len(request.pages) - request.num_pages_sent
-        request.num_computed += num_tokens
-        request.num_pages_sent = len(request.pages)
-        for sampled in samples:
-            sampled.num_in_flight += 1
+        self._run(request)
+        self._add_row(request, self._chunk(request, plan, num_behind=0), plan)

@@ -84,9 +84,7 @@ class _Build:
         return ProgramInputs(weights, state, slots, self.model.vocab_size, self.page_size, self.shardings)
 
 
-def build_engine(
-    config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
-) -> Engine:
+def build_engine(config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None) -> Engine:
     """Loads the model, compiles every program and returns an engine that is ready.
 
     Raises:
@@ -238,5 +236,3 @@ def _summary(build: _Build, num_pages: int, programs: Programs) -> dict[str, str
         f"of the full {config.model.max_model_len:,} tokens",
         "programs": str(len(programs)),
     }
-
-

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve import sampler
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.plan import SLOT, PlanShape, apply_page_updates, step_batch, unpack
+from jaxserve.shaping import Shaping
 
 Weights = tuple[jax.Array, ...]
 ApplyModel = Callable[[Weights, StepBatch, tuple[Array, ...], Runtime], tuple[Array, tuple[Array, ...]]]
@@ -61,15 +61,21 @@ def forward(
 
 def sample(
     logits: Float[Array, "S V"],
-    last_tokens: Int[Array, " slots"],
     samples: Int[Array, "S fields"],
+    last_tokens: Int[Array, " slots"],
+    shaping: Shaping | None,
     *,
     mode: sampler.Mode,
-) -> tuple[Int[Array, " slots"], dict[str, Any]]:
+) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
     """Samples each row and keeps its token by slot for the next forward.
 
     Returns:
-        last_tokens with the new tokens, and what the host reads: see sampler.sample.
+        last_tokens with the new tokens, the shaping state after them, and what the host reads: see sampler.sample.
     """
-    out = sampler.sample(logits, samples, mode)
-    return last_tokens.at[samples[:, SLOT]].set(out["tokens"], mode="drop"), out
+    out, shaping = sampler.sample(logits, samples, mode, shaping)
+    return last_tokens.at[samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
+
+
+def copy_pages(caches: tuple[Array, ...], sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> tuple[Array, ...]:
+    """Copies whole pages in every layer (copy on write); a target past the pool is no copy."""
+    return tuple(cache.at[targets].set(cache[sources], mode="drop") for cache in caches)

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
-from tests.tiny import VOCAB, assert_greedy, greedy, run, tiny_engine
+from jaxserve.sampling_params import OutputKind, SamplingParams
+from tests.tiny import VOCAB, assert_greedy, dense_logits, greedy, run, tiny_engine
 
 
 def prompts(seed: int, lengths: list[int]) -> list[list[int]]:
@@ -121,3 +122,124 @@ def test_impossible_requests_are_refused() -> None:
     with pytest.raises(PromptTooLongError, match="256 tokens"):
         engine.add_request([1] * 256, greedy(1))
     assert not engine.has_work
+
+
+def test_n_shares_the_prompt_and_copies_on_write() -> None:
+    engine = tiny_engine(max_num_seqs=8)
+    prompt = prompts(7, [40])[0]
+    params = SamplingParams(n=4, temperature=1.0, seed=5, max_tokens=24, output_kind=OutputKind.FINAL_ONLY)
+    request_id = engine.add_request(prompt, params)
+    most = 0
+    outputs = {}
+    while engine.has_work:
+        outputs |= {o.request_id: o for o in engine.step()}
+        engine.check_integrity()
+        most = max(most, engine.scheduler.pool.num_held)
+    together = [o.token_ids for o in outputs[request_id].outputs]
+    assert [o.index for o in outputs[request_id].outputs] == [0, 1, 2, 3]
+    assert len({tuple(t) for t in together}) == 4
+    assert most == 2 + 4 * 2  # two full prompt pages shared; a copied third and one more for each of 64 tokens
+    for index in range(4):  # the i-th sample is the request with seed + i, alone
+        alone = engine.add_request(prompt, params.with_(n=1, seed=5 + index))
+        assert run(engine)[alone].outputs[0].token_ids == together[index]
+
+
+@pytest.mark.parametrize("num_pages, max_num_seqs", [(17, 8), (64, 3)])
+def test_n_beyond_slots_or_pages_still_gives_all(num_pages: int, max_num_seqs: int) -> None:
+    params = SamplingParams(n=5, seed=5, max_tokens=60, output_kind=OutputKind.FINAL_ONLY)
+    prompt = prompts(8, [50])[0]
+    roomy = tiny_engine(max_num_seqs=8)
+    want = roomy.add_request(prompt, params)
+    expected = [o.token_ids for o in run(roomy)[want].outputs]
+    engine = tiny_engine(num_pages=num_pages, max_num_seqs=max_num_seqs)
+    request_id = engine.add_request(prompt, params)
+    assert [o.token_ids for o in run(engine)[request_id].outputs] == expected
+
+
+def test_best_of_returns_the_likeliest() -> None:
+    engine = tiny_engine(max_num_seqs=8)
+    params = SamplingParams(n=6, seed=1, max_tokens=8, logprobs=0, output_kind=OutputKind.FINAL_ONLY)
+    prompt = prompts(9, [20])[0]
+    every = engine.add_request(prompt, params)
+    completions = run(engine)[every].outputs
+    best = engine.add_request(prompt, params.with_(n=2, best_of=6))
+    ranked = sorted(completions, key=lambda o: -(o.cumulative_logprob or 0))[:2]
+    assert [o.token_ids for o in run(engine)[best].outputs] == [o.token_ids for o in ranked]
+
+
+def test_logprobs_of_prompt_and_output_are_the_oracles() -> None:
+    engine = tiny_engine()
+    prompt = prompts(10, [50])[0]
+    cached = engine.add_request(prompt, greedy(1))
+    run(engine)  # fills the prefix cache, which prompt_logprobs must not use
+    request_id = engine.add_request(prompt, greedy(6, logprobs=3, prompt_logprobs=-1))
+    neighbours = [engine.add_request(p, greedy(30)) for p in prompts(11, [90, 5, 33])]
+    outputs = run(engine)
+    output = outputs[request_id]
+    assert output.num_cached_tokens == 0
+    tokens = prompt + output.outputs[0].token_ids
+    logits = dense_logits(tokens)
+    want = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for position, entries in enumerate(output.prompt_logprobs[1:]):
+        assert entries is not None
+        got = np.array([entries[i].logprob for i in range(VOCAB)])
+        np.testing.assert_allclose(got, want[position], atol=1e-4)
+        assert entries[prompt[position + 1]].rank == 1 + (got > got[prompt[position + 1]]).sum()
+    given = output.outputs[0].logprobs
+    assert given is not None
+    for offset, entries in enumerate(given):
+        best = np.argsort(-want[len(prompt) - 1 + offset])[:3]
+        assert set(entries) == set(best.tolist()) | {output.outputs[0].token_ids[offset]}
+    assert all(outputs[n].outputs[0].finish_reason == "length" for n in neighbours)
+    assert cached not in outputs
+
+
+def test_min_tokens_and_allowed_ids() -> None:
+    engine = tiny_engine()
+    prompt = prompts(12, [12])[0]
+    first = engine.add_request(prompt, greedy(10))
+    tokens = run(engine)[first].outputs[0].token_ids
+    held = engine.add_request(prompt, greedy(10, stop_token_ids=(tokens[0],), min_tokens=5))
+    allowed = engine.add_request(prompt, greedy(10, allowed_token_ids=(3, 4)))
+    outputs = run(engine)
+    assert len(outputs[held].outputs[0].token_ids) >= 5
+    assert tokens[0] not in outputs[held].outputs[0].token_ids[:5]
+    assert set(outputs[allowed].outputs[0].token_ids) <= {3, 4}
+
+
+def test_penalties_survive_preemption() -> None:
+    """The same tokens from a pool that preempts and from one that does not; seeded sampling with penalties."""
+    params = SamplingParams(
+        seed=3, max_tokens=60, frequency_penalty=0.8, repetition_penalty=1.2, output_kind=OutputKind.FINAL_ONLY
+    )
+    work = prompts(13, [60, 70, 50, 80])
+    results = []
+    for num_pages in (64, 17):
+        engine = tiny_engine(num_pages=num_pages)
+        ids = [engine.add_request(p, params) for p in work]
+        outputs = run(engine)
+        results.append([outputs[i].outputs[0].token_ids for i in ids])
+    assert results[0] == results[1]
+
+
+def test_no_waiting_request_starves() -> None:
+    """A long prompt behind which short ones keep arriving is admitted after a bounded number of them."""
+    engine = tiny_engine(num_pages=17, max_num_seqs=4, prefix_caching=False)
+    for p in prompts(14, [60, 60]):
+        engine.add_request(p, greedy(60))
+    engine.step()
+    long = engine.add_request(prompts(15, [240])[0], greedy(4))
+    rng = np.random.default_rng(0)
+    for i in range(2000):
+        engine.add_request(rng.integers(0, VOCAB, 8).tolist(), greedy(2))
+        if any(o.request_id == long for o in engine.step()):
+            break
+    assert i < 1000, "the long request starved"
+
+
+def test_priority_goes_first() -> None:
+    engine = tiny_engine(max_num_seqs=1)
+    order = [engine.add_request(p, greedy(2), priority=i) for i, p in zip([2, 1, 0], prompts(16, [9, 9, 9]), strict=True)]
+    assert list(run(engine)) == order[::-1]

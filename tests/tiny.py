@@ -19,7 +19,7 @@ from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec,
 from jaxserve.outputs import RequestOutput
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import Programs, ProgramInputs, choose_buckets, compile_programs
+from jaxserve.programs import Buckets, ProgramInputs, Programs, choose_buckets, compile_programs
 from jaxserve.runner import Runner, abstract_state
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Limits, Scheduler
@@ -52,46 +52,50 @@ def tiny_weights(spec: DecoderSpec) -> tuple[Any, tuple[jax.Array, ...]]:
     return apply, weights
 
 
+MAX_MODEL_LEN = 256
+NUM_SLOTS = 8
+NUM_TOKENS = 64
+NUM_PAGES = 64
+
+
 @dataclass(frozen=True)
 class TinyOptions:
+    """The first two need programs of their own; the others are limits that the host keeps below what is compiled."""
+
     page_size: int = 16
-    num_pages: int = 64
-    max_num_seqs: int = 4
-    max_num_batched_tokens: int = 64
-    max_model_len: int = 256
-    prefix_caching: bool = True
     window: int | None = None
+    num_pages: int = NUM_PAGES
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = NUM_TOKENS
+    prefix_caching: bool = True
     seed: int = 0
 
 
 @cache
-def _programs(options: TinyOptions) -> tuple[Any, ProgramInputs, Programs, Any]:
-    spec = tiny_spec(options.window)
+def _programs(page_size: int, window: int | None) -> tuple[Buckets, ProgramInputs, Programs, Any]:
+    spec = tiny_spec(window)
     apply, weights = tiny_weights(spec)
     mesh = make_mesh(1)
     shardings = Shardings(mesh)
-    pages_per_slot = -(-options.max_model_len // options.page_size)
-    buckets = choose_buckets("cpu", options.max_num_seqs, options.max_num_batched_tokens, pages_per_slot, options.page_size)
+    pages_per_slot = MAX_MODEL_LEN // page_size
+    buckets = choose_buckets("cpu", NUM_SLOTS, NUM_TOKENS, pages_per_slot, page_size)
     specs = abstract_decoder(spec, jnp.float32).cache_specs()
-    state = abstract_state(
-        specs, options.num_pages, options.page_size, options.max_num_seqs, pages_per_slot, jnp.dtype("float32"), shardings
-    )
+    state = abstract_state(specs, NUM_PAGES, page_size, NUM_SLOTS, pages_per_slot, jnp.dtype("float32"), shardings)
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
-    inputs = ProgramInputs(abstract, state, options.max_num_seqs, VOCAB, options.page_size, shardings)
+    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, page_size, shardings)
     return buckets, inputs, compile_programs(buckets, inputs, apply, Runtime("cpu", mesh), threads=2), placed
 
 
 def tiny_engine(**changes: Any) -> Engine:
     """An engine without tokenizer; equal options share their compiled programs."""
     options = TinyOptions(**changes)
-    buckets, inputs, programs, weights = _programs(options)
+    buckets, inputs, programs, weights = _programs(options.page_size, options.window)
     pool = PagePool(options.num_pages)
-    limits = Limits(
-        buckets.max_num_seqs, buckets.tokens[-1], buckets.mixed_shape(buckets.tokens[-1]).num_page_updates
-    )
+    updates = buckets.mixed_shape(buckets.tokens[-1]).num_page_updates
+    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
     scheduler = Scheduler(limits, pool, options.page_size, PrefixCache(pool) if options.prefix_caching else None)
-    config = EngineConfig.from_options(model="tiny", max_model_len=options.max_model_len, seed=options.seed)
+    config = EngineConfig.from_options(model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed)
     return Engine(config, scheduler, Runner(weights, programs, buckets, inputs), None, vocab_size=VOCAB)
 
 

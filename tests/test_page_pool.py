@@ -1,0 +1,69 @@
+"""The page pool and the prefix cache, under random use."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.page_pool import PagePool
+from jaxserve.prefix_cache import PrefixCache, page_key, root_key
+
+
+@given(st.lists(st.tuples(st.sampled_from(["allocate", "share", "release", "keep"]), st.integers(0, 9)), max_size=80))
+def test_random_use_keeps_the_books(actions: list[tuple[str, int]]) -> None:
+    pool = PagePool(6)
+    held: list[int] = []
+    for action, which in actions:
+        if action == "allocate":
+            page = pool.allocate()
+            assert (page is None) == (len(set(held)) == 6)
+            held += [page] if page is not None else []
+        elif held:
+            page = held[which % len(held)]
+            if action == "share":
+                pool.share(page)
+                held.append(page)
+            else:
+                pool.release(page, keep=action == "keep")
+                held.remove(page)
+        pool.check_integrity()
+        assert pool.num_held == len(set(held))
+        assert all(pool.holders(page) == held.count(page) for page in range(6))
+
+
+def test_worthless_pages_go_first_then_the_oldest_kept() -> None:
+    pool = PagePool(4)
+    pages = [pool.allocate() for _ in range(4)]
+    for page, keep in zip([2, 0, 3, 1], [True, False, True, False], strict=True):
+        pool.release(page, keep=keep)
+    assert [pool.allocate() for _ in pages] == [1, 0, 2, 3]
+
+
+def test_release_of_a_free_page_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="nobody holds"):
+        PagePool(1).release(0)
+
+
+def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
+    pool = PagePool(2)
+    cache = PrefixCache(pool)
+    first = page_key(root_key(""), [1, 2])
+    second = page_key(first, [3, 4])
+    pages = [pool.allocate(), pool.allocate()]
+    cache.add(first, pages[0])
+    cache.add(second, pages[1])
+    assert cache.find([first, second, b"other"]) == pages
+    assert cache.find([b"other", second]) == []
+    for page in reversed(pages):
+        pool.release(page, keep=page in cache)
+    assert cache.find([first, second]) == pages
+    pool.share(pages[0])  # a hit takes the free page back
+    assert pool.allocate() == pages[1]
+    assert cache.find([first, second]) == pages[:1]
+    cache.check_integrity()
+
+
+def test_keys_depend_on_tokens_order_and_extras() -> None:
+    keys = {page_key(root_key(*extras), tokens) for extras in [(), ("a",), ("a", "b"), ("ab",)] for tokens in ([1, 2], [2, 1])}
+    assert len(keys) == 8
