@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-Detokenizer = None
+from jaxserve.detokenizer import Detokenizer
 from jaxserve.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
 from jaxserve.request import Request, RequestGroup, Status
 from jaxserve.sampling_params import OutputKind

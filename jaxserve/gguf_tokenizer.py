@@ -1,16 +1,13 @@
-"""Builds a tokenizer from the metadata of a GGUF file. Knows the file's header and llama.cpp's tokenizer names, no tensors.
+"""Builds a tokenizer from the metadata of a GGUF file. Knows llama.cpp's names for tokenizers, and nothing of the file itself.
 
 Key names and meanings: the GGUF specification. Split patterns: those that llama.cpp runs for each `tokenizer.ggml.pre`.
 """
 
 from __future__ import annotations
 
-import mmap
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -100,7 +97,7 @@ def build_tokenizer(metadata: Mapping[str, Any], name: str) -> GgufTokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
     Args:
-        metadata: the header's key-value pairs, as from `read_metadata`.
+        metadata: the header's key-value pairs.
         name: the file, for error texts.
 
     Raises:
@@ -171,9 +168,8 @@ def _merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: S
     id_of = {tokens[i]: i for i in ranked}
     merges: list[tuple[str, str]] = []
     for token in id_of:
-        cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-        pairs = [(left, right) for left, right in cuts if left in id_of and right in id_of]
-        merges += sorted(pairs, key=lambda pair: (id_of[pair[0]], id_of[pair[1]]))
+        cuts = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in id_of and token[at:] in id_of]
+        merges += cuts if len(cuts) < 2 else sorted(cuts, key=lambda cut: (id_of[cut[0]], id_of[cut[1]]))
     return merges
 
 
@@ -200,58 +196,3 @@ def _end_ids(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[int, .
     if "tokenizer.ggml.eot_token_id" not in metadata:
         ids += [tokens.index(token) for token in _END_OF_TURN if token in tokens]
     return tuple(dict.fromkeys(ids))
-
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads all key-value pairs of a GGUF header, in about 0.1 s where gguf.GGUFReader takes 4.
-
-    Raises:
-        ModelLoadError: the file is not GGUF version 2 or 3, or is cut short.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Header(data).metadata()
-    except (OSError, ValueError, struct.error, OverflowError, RecursionError) as error:
-        raise ModelLoadError(f"{path} cannot be read as a GGUF file: {error}") from error
-
-
-class _Header:
-    """Reads a GGUF header front to back; what lies past the end raises struct.error or ValueError."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def metadata(self) -> dict[str, Any]:
-        magic, version, _, count = self.unpack("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"expected GGUF version 2 or 3; it begins with {magic!r}, version {version}")
-        return {self.string(): self.value(*self.unpack("I")) for _ in range(count)}
-
-    def unpack(self, format: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{format}", self.data, self.at)
-        self.at += struct.calcsize(f"<{format}")
-        return values
-
-    def string(self) -> str:
-        (size,) = self.unpack("Q")
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.data):
-            raise ValueError(f"a string of {size:,} bytes runs past the end")
-        return self.data[start : self.at].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            item_kind, count = self.unpack("IQ")
-            if item_kind in _SCALARS:
-                return list(self.unpack(f"{count}{_SCALARS[item_kind]}"))
-            read: Callable[[], Any] = self.string if item_kind == _STRING else lambda: self.value(item_kind)
-            return [read() for _ in range(count)]
-        if kind not in _SCALARS:
-            raise ValueError(f"unknown value type {kind}")
-        return self.unpack(_SCALARS[kind])[0]

@@ -18,8 +18,15 @@ from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import Observer
 from jaxserve.models.interface import Runtime
-from jaxserve.models.loading import ModelDescription, describe_model, load_weights, open_source, resolve_dtype
-from jaxserve.models.loading.source import ModelSource
+from jaxserve.models.loading import (
+    ModelDescription,
+    ModelSource,
+    describe_model,
+    load_weights,
+    open_source,
+    resolve_dtype,
+)
+
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import (

@@ -12,6 +12,7 @@ import tokenizers
 from jaxserve import gguf_tokenizer
 from jaxserve.chat_template import ChatTemplate, encode
 from jaxserve.errors import ModelLoadError
+from jaxserve.models.loading.gguf_file import open_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,13 +165,15 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    parts = gguf_tokenizer.build_tokenizer(gguf_tokenizer.read_metadata(path), name=str(path))
+    parts = gguf_tokenizer.build_tokenizer(open_gguf(path).metadata, name=str(path))
     _quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
     # An empty tokenizer as renderer, since transformers would copy the real one, which takes seconds for large vocabularies.
     empty = tokenizers.Tokenizer(tokenizers.models.BPE())
-    renderer = PreTrainedTokenizerFast(tokenizer_object=empty, chat_template=parts.chat_template, **parts.special_tokens)
+    renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=empty, chat_template=parts.chat_template, **parts.special_tokens
+    )
     return Tokenizer(parts.backend, renderer, parts.end_ids)
 
 

@@ -1,0 +1,208 @@
+"""The command line: `jaxserve serve | chat | generate`. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from jaxserve import __version__
+from jaxserve.cli_flags import Fields, add_flags, read_options
+from jaxserve.config import EngineConfig, option_fields
+from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from jaxserve.async_engine import AsyncEngine
+    from jaxserve.metrics import Observer
+
+ENGINE_OPTIONS: Fields = {f.name: f for _, f in option_fields()}
+SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
+
+# flag -> (type, help): how chat and generate sample; what is not given is the model's own
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "output tokens at most"),
+    "temperature": (float, "0 is greedy"),
+    "top_p": (float, "keep the likeliest tokens with this probability together"),
+    "top_k": (int, "keep this many likeliest tokens; 0 keeps all"),
+    "min_p": (float, "drop tokens below this fraction of the likeliest one's probability"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 2 after an error that the user can mend."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except JaxserveError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxserve", description="Serves large language models from JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = _add_command(commands, "serve", run_serve, "an OpenAI-compatible server, with a chat page at /")
+    add_flags(serve, "server", inspect.getdoc(ServerConfig) or "", SERVER_OPTIONS.values())
+    _add_engine_flags(serve)
+
+    chat = _add_command(commands, "chat", run_chat, "a conversation in the terminal")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    _add_sampling_flags(chat, "as many as fit")
+    _add_engine_flags(chat)
+
+    generate = _add_command(commands, "generate", run_generate, "complete prompts, without a chat template")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; standard input if not given")
+    _add_sampling_flags(generate, "16")
+    _add_engine_flags(generate)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        usage=f"jaxserve {name} MODEL [options]",
+        allow_abbrev=False,  # an option that is added later must not change what a command line means
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=ENGINE_OPTIONS["model"].metadata["help"]
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of options by name, e.g. `max_model_len: 4096`; flags win over it"
+    )
+    return parser
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    for part in fields(EngineConfig):
+        options = [f for name, f in option_fields() if name == part.name and f.name != "model"]
+        add_flags(parser, part.name, inspect.getdoc(part.default_factory) or "", options)
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> None:
+    group = parser.add_argument_group("sampling", "What is not given is the model's own default.")
+    for name, (kind, text) in _SAMPLING.items():
+        text += f" (default: {max_tokens})" if name == "max_tokens" else ""
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output before this text; may be repeated")
+
+
+# Commands
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS})
+    server_config = ServerConfig(**{name: options.pop(name) for name in SERVER_OPTIONS if name in options})
+    config = _engine_config(options)
+    from jaxserve.server.app import create_app
+    from jaxserve.server.metrics import EngineMetrics
+    from jaxserve.server.run import bind, run
+
+    with bind(server_config) as sock:  # before the model is loaded: a busy port is known at once
+        metrics = EngineMetrics(config.model.served_model_name or config.model.model)
+        engine = _load(config, metrics)
+        app = create_app(engine, server_config, metrics=metrics)
+        run(app, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    engine = _load(_engine_config(read_options(args, ENGINE_OPTIONS)))
+    from jaxserve.cli_chat import Chat
+
+    engine.start()
+    try:
+        Chat(engine, _sampling(args), args.system).run()
+    finally:
+        engine.shutdown()
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    options = read_options(args, ENGINE_OPTIONS)
+    config = _engine_config(options)
+    prompts = args.prompt or [_read_prompt()]
+    print(f"loading {config.model.model}", file=sys.stderr)
+    from jaxserve import LLM
+    from jaxserve.cli_chat import printable
+
+    with LLM(**options) as llm:
+        params = llm.get_default_sampling_params().with_(**_sampling(args))
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        text = output.outputs[0].text
+        shown = f"> {prompt}\n{text}\n" if len(prompts) > 1 else text
+        print(printable(shown) if sys.stdout.isatty() else shown)
+
+
+# Their parts
+
+
+def _engine_config(options: dict[str, Any]) -> EngineConfig:
+    """The config, with the environment set up for it; must run before jax is imported."""
+    config = EngineConfig.from_options(**options)
+    if not config.model.model:
+        raise ConfigError("no model: give MODEL, or `model:` in the --config file")
+    # What jaxserve does not fill is left to the runtime's own buffers, hence a little above.
+    fraction = min(0.98, config.cache.gpu_memory_utilization + 0.05)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
+    return config
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in (*_SAMPLING, "stop")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise ConfigError("no prompt: give --prompt TEXT, or pipe a text into standard input")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _load(config: EngineConfig, observer: Observer | None = None) -> AsyncEngine:
+    """Loads the engine, shows how far it is, and says what came out."""
+    from jaxserve.async_engine import AsyncEngine
+
+    started_s = time.monotonic()
+    with _progress() as on_progress:
+        engine = AsyncEngine.from_config(config, observer=observer, on_progress=on_progress)
+    description = engine.describe() | {"loaded in": f"{time.monotonic() - started_s:.1f} s"}
+    width = max(map(len, description))
+    for name, text in description.items():
+        print(f"{name:<{width}}  {text}")
+    return engine
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of the start-up, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

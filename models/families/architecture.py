@@ -1,0 +1,41 @@
+"""Architecture: one model class of Hugging Face as data. Knows no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.models.families.assembly import Assembly
+from jaxserve.models.spec import DecoderSpec
+
+HfConfig = Any  # a transformers.PreTrainedConfig; its attributes differ by model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How to build and fill one Hugging Face model class.
+
+    Attributes:
+        name: what config.json calls it under `architectures`.
+        model_type: what config.json calls its config.
+        spec: makes the DecoderSpec, or raises ModelLoadError for what cannot be done.
+        tensors: parameter path -> how checkpoint tensors make it up; "{i}" stands for the layer. Paths that a model
+            does not have are skipped, so that one table serves many models.
+        renames: prefix of a checkpoint's tensor names -> what to read it as.
+        ignored: prefixes of tensor names that this model does not need.
+    """
+
+    name: str
+    model_type: str
+    spec: Callable[[HfConfig], DecoderSpec]
+    tensors: Mapping[str, Assembly]
+    renames: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def read_name(self, name: str) -> str:
+        """The name under which `tensors` knows a checkpoint's tensor."""
+        for prefix, new in self.renames.items():
+            if name.startswith(prefix):
+                return new + name.removeprefix(prefix)
+        return name

@@ -1,0 +1,141 @@
+"""How tensors of a checkpoint make up one parameter. Works on slices, so that each device reads only its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jaxserve.models.spec import LayerSpec
+
+Index = tuple[slice, ...]
+"""Which part of an array is wanted: a contiguous range with start and stop on every axis."""
+
+Shape = tuple[int, ...]
+ReadTensor = Callable[[Index], np.ndarray]
+"""Reads a part of one tensor of the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The parameter to make.
+
+    Attributes:
+        layer: the layer that it belongs to; None outside the layers.
+    """
+
+    path: str
+    shape: Shape
+    layer: LayerSpec | None
+
+
+class Assembly(Protocol):
+    """Makes a parameter from the checkpoint's tensors `names`; "{i}" in a name stands for the layer."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """The shapes that the tensors must have."""
+        ...
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        """The wanted part of the parameter, in the checkpoint's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """The tensor as it is."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        return (target.shape,)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        return tensors[0](index)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A torch Linear's weight [out, in] as [*in, out]; the inputs of an attention's output projection are [N, H]."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        *inputs, outputs = target.shape
+        return ((outputs, int(np.prod(inputs))),)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        first, *inner, outputs = index
+        row = int(np.prod(target.shape[1:-1]))  # inputs for each step along the first axis
+        part = transpose(tensors[0]((outputs, slice(first.start * row, first.stop * row))))
+        part = part.reshape(-1, *target.shape[1:-1], part.shape[-1])
+        return part[(slice(None), *inner)]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Several Linears' weights [F, D] as [D, parts, F], or their biases [F] as [parts, F]."""
+
+    names: tuple[str, ...]
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        *inputs, _, outputs = target.shape
+        return ((outputs, *inputs),) * len(self.names)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        *inputs, parts, outputs = index
+        return np.stack([transpose(read((outputs, *inputs))) for read in tensors[parts]], axis=-2)
+
+
+@dataclass(frozen=True)
+class FusedQkv:
+    """q [N*H, D], k and v [K*H, D] as [D, K, G + 2, H], or their biases as [K, G + 2, H]; kv heads repeated as the spec says."""
+
+    names: tuple[str, str, str]
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        assert target.layer is not None, target.path
+        mixer, inputs = target.layer.mixer, target.shape[:-3]
+        q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        return (q, *inputs), (kv, *inputs), (kv, *inputs)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        assert target.layer is not None, target.path
+        mixer, repeat = target.layer.mixer, target.layer.mixer.kv_repeat
+        *inputs, heads, group, dims = index
+        first, last = heads.start // repeat, -(-heads.stop // repeat)  # kv heads of the checkpoint
+        copies = np.arange(heads.start, heads.stop) // repeat - first
+
+        def read(tensor: ReadTensor, start: int, stop: int) -> np.ndarray:
+            rows = tensor((slice(start * mixer.head_dim, stop * mixer.head_dim), *inputs))
+            return transpose(rows).reshape(*rows.shape[1:], stop - start, mixer.head_dim)  # [D, heads, H]
+
+        q = read(tensors[0], heads.start * mixer.group_size, heads.stop * mixer.group_size)
+        q = q.reshape(*q.shape[:-2], -1, mixer.group_size, mixer.head_dim)
+        k, v = (read(tensor, first, last)[..., copies, None, :] for tensor in tensors[1:])
+        return np.concatenate((q, k, v), axis=-2)[..., group, dims]
+
+
+def transpose(x: np.ndarray) -> np.ndarray:
+    """x with its axes reversed, contiguous. By blocks of rows, which is some five times as fast as numpy's own copy."""
+    if x.ndim < 2:
+        return x
+    out = np.empty(x.shape[::-1], x.dtype)
+    bits = np.dtype(f"u{x.dtype.itemsize}")  # numpy copies its own types without holding the interpreter's lock
+    source, target = x.view(bits), out.view(bits)
+    for start in range(0, len(x), 128):
+        target[:, start : start + 128] = source[start : start + 128].T
+    return out

@@ -1,0 +1,58 @@
+"""Parameters, and the one matmul that every layer goes through. Knows no layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxserve.models.interface import LogicalAxes
+
+
+def parameter(
+    shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, mean: float = 0.0, std: float = 0.02
+) -> nnx.Param[jax.Array]:
+    """A parameter with its logical axes. Zeros until weights are loaded; abstract under nnx.eval_shape.
+
+    Args:
+        mean, std: of the values that dummy weights take.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std)
+
+
+def weight(shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, contract: int = 1) -> nnx.Param[jax.Array]:
+    """A matmul's parameter, whose first `contract` axes meet the input."""
+    return parameter(shape, axes, dtype, std=math.prod(shape[:contract]) ** -0.5)
+
+
+def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
+    """The array of a parameter that may be missing, such as a bias."""
+    return None if param is None else param.get_value()
+
+
+def linear(
+    x: Float[Array, "T ..."],
+    w: Float[Array, ...],
+    bias: Float[Array, ...] | None = None,
+    *,
+    contract: int = 1,
+    transpose: bool = False,
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "T ..."]:
+    """x times w, plus bias: the last `contract` axes of x meet the first of w, and w's other axes follow T in the result.
+
+    Args:
+        transpose: x meets the last axes of w instead: for a tied embedding table [V, D].
+        out_dtype: of the result; x's if not given. The products are summed in float32 in any case.
+    """
+    x_axes = tuple(range(x.ndim - contract, x.ndim))
+    w_axes = tuple(range(w.ndim - contract, w.ndim)) if transpose else tuple(range(contract))
+    # float32 is asked for to get float32: GPUs and TPUs would otherwise round the inputs to fewer bits.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jax.lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype)
+    return y if bias is None else y + bias

@@ -1,0 +1,55 @@
+"""The config of a model: a config.json's dict, through transformers, to an architecture and its DecoderSpec."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.families.architecture import Architecture, HfConfig
+from jaxserve.models.registry import find_architecture
+from jaxserve.models.spec import DecoderSpec
+
+
+def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, DecoderSpec]:
+    """Finds the architecture that a config.json names, and what it says for it.
+
+    Code that a model brings along (auto_map) is never run.
+
+    Raises:
+        ModelLoadError: for an unknown architecture, or for a field whose value cannot be done.
+    """
+    architecture = find_architecture(raw)
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelLoadError(
+            f"the checkpoint is quantised ({method}), which is not supported; use the unquantised one, or a GGUF"
+        )
+    if raw.get("model_type", architecture.model_type) != architecture.model_type:
+        raise ModelLoadError(
+            f"config.json names {architecture.name} with model_type {raw['model_type']!r}; wanted {architecture.model_type!r}"
+        )
+    try:
+        config = _make_config(architecture.model_type, raw)
+        return architecture, config, architecture.spec(config)
+    except ModelLoadError:
+        raise
+    except Exception as e:  # transformers checks fields with errors of many kinds
+        raise ModelLoadError(f"the model's config does not make sense for {architecture.name}: {e}") from e
+
+
+def _make_config(model_type: str, raw: Mapping[str, Any]) -> HfConfig:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
+    from transformers import AutoConfig
+
+    fields = copy.deepcopy({name: value for name, value in raw.items() if name not in ("model_type", "auto_map")})
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def generation_defaults(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json's dict, with what ends a text from config.json where it says nothing of it."""
+    text_config = raw.get("text_config") or {}
+    eos = raw.get("eos_token_id", text_config.get("eos_token_id"))
+    return ({} if eos is None else {"eos_token_id": eos}) | {k: v for k, v in generation.items() if v is not None}

@@ -1,0 +1,132 @@
+"""Fills a ModelDescription's parameters: each device reads only its slice. Knows no file format and no mesh."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.description import ModelDescription, Parameter
+from jaxserve.models.families.architecture import Architecture
+from jaxserve.models.families.assembly import Assembly, Index, Target
+from jaxserve.models.interface import ShardingFor
+from jaxserve.models.loading.source import ModelSource
+
+OnProgress = Callable[[str, int, int], None]
+"""Takes (stage, parameters done, their total); called from the thread that loads."""
+
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq$")  # computed here; old checkpoints carry them
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One parameter, and the checkpoint tensors that make it up."""
+
+    parameter: Parameter
+    target: Target
+    assembly: Assembly
+    names: tuple[str, ...]
+
+
+def read_weights(
+    model: ModelDescription, source: ModelSource, sharding_for: ShardingFor, on_progress: OnProgress | None = None
+) -> tuple[jax.Array, ...]:
+    """Reads every parameter, in the model's order.
+
+    Raises:
+        ModelLoadError: before anything is read, if a tensor is missing, left over or of the wrong shape.
+    """
+    jobs = list(_plan(model, source.architecture))
+    _check(jobs, model, source)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(_load, job, source, sharding_for(job.parameter.axes)) for job in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                if on_progress:
+                    on_progress("weights", done, len(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return tuple(future.result() for future in futures)
+
+
+def _plan(model: ModelDescription, architecture: Architecture) -> Iterator[_Job]:
+    for parameter in model.parameters:
+        match = _LAYER.match(parameter.path)
+        number = match[1] if match else ""
+        layer = model.spec.layers[int(number)] if match else None
+        assembly = architecture.tensors[_LAYER.sub("layers.{i}.", parameter.path)]
+        target = Target(parameter.path, parameter.abstract.shape, layer)
+        yield _Job(parameter, target, assembly, tuple(name.replace("{i}", number) for name in assembly.names))
+
+
+def _check(jobs: list[_Job], model: ModelDescription, source: ModelSource) -> None:
+    wanted = {name: shape for job in jobs for name, shape in zip(job.names, job.assembly.shapes(job.target), strict=True)}
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        raise ModelLoadError(f"{source.path} lacks {_some(missing)}, which {source.architecture.name} needs. Is it complete?")
+    for name, shape in wanted.items():
+        got = source.tensors[name].shape
+        if got != shape:
+            raise ModelLoadError(f"tensor {name} has shape {list(got)}; the config wants {list(shape)}. Do they belong together?")
+    tied = {"lm_head.weight"} if model.spec.tie_embeddings else set()
+    extra = [name for name in source.tensors if name not in wanted and name not in tied and not _HARMLESS.match(name)]
+    if extra:
+        raise ModelLoadError(
+            f"{source.path} holds {_some(extra)}, which {source.architecture.name} has no use for: "
+            f"the config does not describe this checkpoint, or it is of another architecture."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+
+
+def _load(job: _Job, source: ModelSource, sharding: Sharding) -> jax.Array:
+    shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
+    tensors = [source.tensors[name].read for name in job.names]
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, job.target.path  # jax asks for what this process's devices hold, and they hold a part of all
+        bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+        return job.assembly.read(tensors, job.target, bounds).astype(dtype, copy=False)
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def draw_weights(
+    model: ModelDescription, sharding_for: ShardingFor, seed: int = 0, on_progress: OnProgress | None = None
+) -> tuple[jax.Array, ...]:
+    """Random weights, drawn where they will live: normal, of a size that keeps activations near 1, the same for a seed."""
+    key = jax.random.key(seed)
+    shardings = {axes: sharding_for(axes) for axes in dict.fromkeys(model.logical_axes)}
+    weights: list[jax.Array] = []
+    for parameter in model.parameters:
+        draw = _drawer(parameter.abstract.shape, parameter.abstract.dtype, shardings[parameter.axes])
+        weights.append(draw(key, np.uint32(zlib.crc32(parameter.path.encode())), parameter.mean, parameter.std))
+        if on_progress:
+            on_progress("weights", len(weights), len(model.parameters))
+    return tuple(weights)
+
+
+@cache
+def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+    """The program that draws one parameter; there are few, as layers are alike."""
+
+    def draw(key: jax.Array, name: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+        noise = jax.random.normal(jax.random.fold_in(key, name), shape, dtype)
+        return (mean + std * noise).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

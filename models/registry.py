@@ -1,0 +1,28 @@
+"""Which architectures jaxserve knows. A new one is a page under families/ and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.families import gemma, llama
+from jaxserve.models.families.architecture import Architecture
+
+ARCHITECTURES: tuple[Architecture, ...] = (*llama.ARCHITECTURES, *gemma.ARCHITECTURES)
+
+
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json names: by its model class, or by its model_type where it names no class.
+
+    Raises:
+        ModelLoadError: if it is none of those known.
+    """
+    names = config.get("architectures") or []
+    model_type = config.get("model_type")
+    for architecture in ARCHITECTURES:
+        if architecture.name in names or (not names and architecture.model_type == model_type):
+            return architecture
+    known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+    wanted = ", ".join(map(str, names)) or f"model_type {model_type!r}"
+    raise ModelLoadError(f"the model's architecture is not supported: {wanted}. Known ones: {known}.")

@@ -1,0 +1,179 @@
+"""DecoderSpec: an architecture as data. Families make it from a Hugging Face config; the one decoder is built from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxserve.errors import ConfigError
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every frequency divided by `factor`: positions are interpolated."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Long wavelengths are divided by `factor`, short ones kept, those between blended.
+
+    Attributes:
+        low_freq_factor: wavelengths above original_max_position / low_freq_factor are scaled in full.
+        high_freq_factor: wavelengths below original_max_position / high_freq_factor are kept.
+        original_max_position: tokens of context that the model was first trained on.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864), first half of a head paired with the second.
+
+    Attributes:
+        theta: base of the wavelengths.
+        rotary_dim: leading dimensions of a head that are rotated.
+    """
+
+    theta: float
+    rotary_dim: int
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """A normalisation over the last axis.
+
+    Attributes:
+        unit_offset: the gain is 1 + weight (Gemma).
+        bias: a bias is added.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float
+    unit_offset: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Causal attention with grouped kv heads.
+
+    Attributes:
+        num_kv_heads: K as the checkpoint has it.
+        scale: factor on the scores before the softmax.
+        window: keys that a token sees, itself included; None for all of them.
+        softcap: scores become softcap * tanh(scores / softcap).
+        qk_norm: normalises q and k of each head over H, before rope.
+        qkv_bias: a bias on q, k and v.
+        out_bias: a bias on the output projection.
+        kv_repeat: how often our arrays repeat each kv head of the checkpoint, one after the other.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeSpec | None
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: NormSpec | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    kv_repeat: int = 1
+
+    @property
+    def array_kv_heads(self) -> int:
+        """K of our arrays, repeats included."""
+        return self.num_kv_heads * self.kv_repeat
+
+    @property
+    def group_size(self) -> int:
+        """G of our arrays: query heads for each of their kv heads."""
+        return self.num_heads // self.array_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSpec:
+    """A feed-forward block.
+
+    Attributes:
+        dim: F.
+        gated: activation(gate) * up; otherwise activation(up).
+        bias: a bias on every projection.
+    """
+
+    dim: int
+    activation: Activation
+    gated: bool = True
+    bias: bool = False
+
+
+MixerSpec = AttentionSpec  # the union of everything that can mix tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer: a mixer over tokens, then an mlp over each of them."""
+
+    mixer: MixerSpec
+    mlp: MlpSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """A decoder-only language model.
+
+    Attributes:
+        norm: of every norm in and after the layers, those within a mixer apart.
+        norm_placement: "pre" normalises what goes into mixer and mlp; "sandwich" also what comes out.
+        embed_scale: factor on the embeddings, rounded to their dtype as checkpoints were trained with.
+        tie_embeddings: the output projection is the embedding table.
+        residual_multiplier: factor on what mixer and mlp add to the residual stream.
+        logit_multiplier: factor on the logits.
+        logit_softcap: logits become softcap * tanh(logits / softcap), after the multiplier.
+        max_position: longest context that the model is made for, in tokens.
+    """
+
+    vocab_size: int
+    d_model: int
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
+    norm_placement: Literal["pre", "sandwich"] = "pre"
+    embed_scale: float | None = None
+    tie_embeddings: bool = False
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    max_position: int
+
+    def with_kv_repeat(self, repeat: Callable[[int], int]) -> DecoderSpec:
+        """This model with each kv head held several times, for more devices than kv heads.
+
+        Args:
+            repeat: how often, from the number of kv heads that a layer's checkpoint has.
+
+        Raises:
+            ConfigError: if the query heads of a kv head do not divide among its repeats.
+        """
+        return replace(self, layers=tuple(replace(layer, mixer=_repeat_kv(layer.mixer, repeat)) for layer in self.layers))
+
+
+def _repeat_kv(mixer: MixerSpec, repeat: Callable[[int], int]) -> MixerSpec:
+    group, times = mixer.num_heads // mixer.num_kv_heads, repeat(mixer.num_kv_heads)
+    if group % times:
+        raise ConfigError(
+            f"each kv head serves {group} query heads, which do not divide over {times} devices. Lower --tensor-parallel-size."
+        )
+    return replace(mixer, kv_repeat=times)

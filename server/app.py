@@ -1,0 +1,58 @@
+"""create_app: the FastAPI app over an engine. Its lifespan starts and stops the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from jaxserve import __version__
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.errors import add_error_handlers
+from jaxserve.server.metrics import EngineMetrics
+from jaxserve.server.routes.chat import chat_router
+from jaxserve.server.routes.completions import completions_router
+from jaxserve.server.routes.health import health_router
+from jaxserve.server.routes.models import models_router
+from jaxserve.server.routes.page import page_router
+from jaxserve.server.serving import Serving
+
+if TYPE_CHECKING:
+    from jaxserve.async_engine import AsyncEngine
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetrics | None = None) -> FastAPI:
+    """The HTTP API over a loaded engine.
+
+    Args:
+        metrics: the observer that the engine was built with; without it /metrics stays at zero.
+    """
+    serving = Serving(engine)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            serving.close()
+            await asyncio.to_thread(engine.shutdown)
+
+    app = FastAPI(
+        title="jaxserve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # both of these pages load their scripts from elsewhere
+        redoc_url=None,
+        max_body_size=config.max_body_bytes,
+    )
+    add_error_handlers(app)
+    app.include_router(chat_router(serving))
+    app.include_router(completions_router(serving))
+    app.include_router(models_router(serving))
+    app.include_router(health_router(serving, metrics or EngineMetrics(serving.model_name)))
+    app.include_router(page_router())
+    return app

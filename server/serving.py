@@ -1,0 +1,141 @@
+"""From a request's fields to what the engine takes: prompt token ids and SamplingParams. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.errors import InvalidRequestError, PromptTooLongError
+from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.server.errors import ModelNotFoundError
+from jaxserve.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+
+if TYPE_CHECKING:
+    from jaxserve.async_engine import AsyncEngine
+    from jaxserve.tokenizer import Tokenizer
+
+# SamplingParams that a request's fields give as they are
+_SAME_NAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "skip_special_tokens",
+    "include_stop_str_in_output",
+)  # fmt: skip
+# What the server itself gives the chat template
+_TEMPLATE_OWN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "return_dict"}
+
+
+class Serving:
+    """The engine as the routes see it.
+
+    Attributes:
+        model_name: the name that clients use.
+        max_model_len: prompt and output tokens of one request at most.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        model = engine.config.model
+        assert model.max_model_len is not None, "the engine resolves it"
+        self.engine = engine
+        self.model_name = model.served_model_name or model.model
+        self.max_model_len = model.max_model_len
+        # One thread: a long prompt must not hold up the event loop, and not every tokenizer bears two callers.
+        self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    def close(self) -> None:
+        self._tokenize_thread.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, name: str | None) -> None:
+        """Holds a request to the model that is served; a request without a name gets it.
+
+        Raises:
+            ModelNotFoundError: it wants another one.
+        """
+        if name is not None and name != self.model_name:
+            raise ModelNotFoundError(f"the model {name!r} does not exist; this server has {self.model_name!r}", param="model")
+
+    async def chat_prompt(self, body: ChatRequest) -> list[int]:
+        """The token ids of a chat's messages in the model's template."""
+        tokenizer = self._tokenizer("messages")
+        kwargs = body.chat_template_kwargs or {}
+        for name in kwargs:
+            if name in _TEMPLATE_OWN or not _is_read_by(tokenizer.chat_template or "", name):
+                text = f"chat_template_kwargs: {name!r} is not a variable of this model's chat template"
+                raise InvalidRequestError(text, param="chat_template_kwargs")
+        messages = [message.as_dict() for message in body.messages]
+        return await self._in_thread(
+            lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
+        )
+
+    async def prompts(self, body: CompletionRequest) -> list[list[int]]:
+        """The token ids of each prompt."""
+        prompts: list[list[int]] = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                tokenizer = self._tokenizer("prompt")
+                prompts.append(await self._in_thread(tokenizer.encode, prompt, body.add_special_tokens))
+            else:
+                prompts.append(prompt)
+        return prompts
+
+    async def prompt_texts(self, body: CompletionRequest) -> list[str]:
+        """The text of each prompt, from its token ids where it came as such; empty without a tokenizer."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            return [""] * len(body.prompt)
+        return [p if isinstance(p, str) else await self._in_thread(tokenizer.decode, p) for p in body.prompt]
+
+    def sampling_params(self, body: SamplingFields, num_prompt_tokens: int) -> SamplingParams:
+        """The request's fields over the model's defaults.
+
+        Raises:
+            PromptTooLongError: the prompt, or the prompt with the output asked for, is longer than the model allows.
+        """
+        room = self.max_model_len - num_prompt_tokens
+        asked = body.max_output_tokens
+        if room < 1:
+            text = f"the prompt has {num_prompt_tokens:,} tokens; prompt and output may have {self.max_model_len:,}. "
+            raise PromptTooLongError(text + "Shorten it or raise --max-model-len.", param=_prompt_field(body))
+        if asked is not None and asked > room:
+            text = (
+                f"max_tokens is {asked:,} and the prompt has {num_prompt_tokens:,} tokens; both may have {self.max_model_len:,}. "
+            )
+            raise PromptTooLongError(text + f"Lower max_tokens to {room:,} or shorten the prompt.", param="max_tokens")
+        defaults = self.engine.default_sampling
+        if asked is None:
+            asked = min(room, body.default_max_tokens or defaults.get("max_tokens") or room)
+        given = {name: getattr(body, name) for name in _SAME_NAME}
+        if isinstance(body, CompletionRequest):
+            given["best_of"] = body.best_of if body.best_of != body.n else None  # else it could not be streamed
+        return SamplingParams.from_defaults(
+            defaults,
+            **given,
+            max_tokens=asked,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_prompt_logprobs,
+            detokenize=self.engine.tokenizer is not None,
+            output_kind=OutputKind.DELTA if body.stream else OutputKind.FINAL_ONLY,
+        )
+
+    def gives_token_ids(self, body: SamplingFields) -> bool:
+        """Whether the reply carries token ids; without a tokenizer it has nothing else."""
+        return body.return_token_ids or self.engine.tokenizer is None
+
+    def _tokenizer(self, field: str) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            text = "this server has no tokenizer (--skip-tokenizer-init); send token ids as the prompt to /v1/completions"
+            raise InvalidRequestError(text, param=field)
+        return self.engine.tokenizer
+
+    async def _in_thread[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, lambda: work(*args, **kwargs))
+
+
+def _prompt_field(body: SamplingFields) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
+
+
+def _is_read_by(template: str, name: Any) -> bool:
+    return str(name).isidentifier() and re.search(rf"\b{name}\b", template) is not None

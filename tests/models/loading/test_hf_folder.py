@@ -1,0 +1,157 @@
+"""Hugging Face folders: what is read, and what is refused before anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.loading import open_source, resolve_dtype
+from tests.goldens import cases
+from tests.models.forward import open_and_load
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def changed(**tensors: np.ndarray | None) -> cases.Tensors:
+    """The qwen2 case's tensors with some replaced, added, or (None) dropped; "__" in a name stands for "."."""
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return {name: t for name, t in (cases.read_tensors("qwen2") | new).items() if t is not None}
+
+
+def test_shards_and_harmless_extras(tmp_path: Path) -> None:
+    extras = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(8, np.float32), "lm_head__weight": np.ones((160, 64))}
+    tensors = changed(**{name: value.astype(np.float32) for name, value in extras.items()})
+    _, weights = open_and_load(cases.write_checkpoint(tmp_path / "shards", "qwen2", tensors=tensors, num_files=3))
+    _, wanted = open_and_load(cases.write_checkpoint(tmp_path / "one", "qwen2"))
+    for got, want in zip(weights, wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_checkpoints(dtype: str, tmp_path: Path) -> None:
+    tensors = {name: tensor.astype(dtype) for name, tensor in cases.read_tensors("qwen3").items()}
+    folder = cases.write_checkpoint(tmp_path, "qwen3", tensors=tensors)
+    source = open_source(str(folder))
+    assert source.checkpoint_dtype == dtype
+    assert resolve_dtype("auto", "gpu", source) == ml_dtypes.bfloat16
+    assert resolve_dtype("auto", "cpu", source) == np.float32
+    assert resolve_dtype("float32", "gpu", source) == np.float32
+    model, weights = open_and_load(folder)
+    embed = weights[[p.path for p in model.parameters].index("embed")]
+    np.testing.assert_array_equal(embed, tensors["model.embed_tokens.weight"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({Q_PROJ: None}, f"lacks the tensor {Q_PROJ}, which Qwen2ForCausalLM needs"),
+        ({Q_PROJ: np.ones((64, 32), np.float32)}, rf"{Q_PROJ} has shape \[64, 32\]; the config wants \[64, 64\]"),
+        ({"model.layers.3.mlp.up_proj.weight": np.ones((96, 64), np.float32)}, "holds the tensor model.layers.3.mlp.up_proj"),
+        ({Q_PROJ: np.ones((64, 64), np.int8)}, f"{Q_PROJ} has dtype I8"),
+    ],
+)
+def test_refuses_tensors(tensors: dict[str, np.ndarray | None], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        open_and_load(cases.write_checkpoint(tmp_path, "qwen2", tensors=changed(**tensors)))
+
+
+@pytest.mark.parametrize("keep", [0, 6, 100, 10_000])
+def test_refuses_a_truncated_file(keep: int, tmp_path: Path) -> None:
+    file = cases.write_checkpoint(tmp_path, "qwen2") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelLoadError, match="model.safetensors is not a whole safetensors file"):
+        open_source(str(tmp_path))
+
+
+def test_refuses_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="config.json is missing"):
+        open_source(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match="cannot be read as JSON"):
+        open_source(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(cases.read_config("qwen2")))
+    with pytest.raises(ModelLoadError, match="neither model.safetensors nor"):
+        open_source(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ModelLoadError, match="pickle files only.*safetensors"):
+        open_source(str(tmp_path))
+
+
+def test_refuses_a_missing_shard(tmp_path: Path) -> None:
+    cases.write_checkpoint(tmp_path, "qwen2", num_files=2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="model-00002-of-00002.safetensors is missing"):
+        open_source(str(tmp_path))
+
+
+def test_refuses_an_index_that_does_not_hold(tmp_path: Path) -> None:
+    index = cases.write_checkpoint(tmp_path, "qwen2", num_files=2) / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"]["nowhere"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(entries))
+    with pytest.raises(ModelLoadError, match="says that tensor nowhere is in model-00001"):
+        open_source(str(tmp_path))
+    index.write_text('{"weight_map": ["x"]}')
+    with pytest.raises(ModelLoadError, match="no weight_map"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("entry", ["../outside.safetensors", "{outside}", "sub/../../outside.safetensors", "link.safetensors"])
+def test_refuses_an_index_that_leaves_the_folder(entry: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    save_file({"a": np.ones(2, np.float32)}, outside)
+    folder = cases.write_checkpoint(tmp_path / "model", "qwen2", num_files=2)
+    (folder / "link.safetensors").symlink_to(outside)
+    weight_map = {"a": entry.format(outside=outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelLoadError, match="leaves the model's folder"):
+        open_source(str(folder))
+
+
+def test_refuses_a_single_file_that_links_outside(tmp_path: Path) -> None:
+    folder = cases.write_checkpoint(tmp_path / "model", "qwen2")
+    os.rename(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ModelLoadError, match="leaves the model's folder"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    "files, wanted",
+    [
+        ({}, {"eos_token_id": 2}),
+        ({"generation_config.json": {"eos_token_id": [2, 9], "temperature": 0.7, "top_k": None}}, {"eos_token_id": [2, 9], "temperature": 0.7}),
+        ({"generation_config.json": {"top_p": 0.9}}, {"eos_token_id": 2, "top_p": 0.9}),
+    ],
+)  # fmt: skip
+def test_generation_config(files: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
+    cases.write_checkpoint(tmp_path, "qwen2")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert open_source(str(tmp_path)).generation_config == wanted
+
+
+def test_gemma3_with_images_as_a_text_model(tmp_path: Path) -> None:
+    """Both spellings of the text part's tensor names; the vision part is left out."""
+    text = cases.read_config("gemma3_linear")
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    tensors = cases.read_tensors("gemma3_linear")
+    vision = {"vision_tower.vision_model.post_layernorm.weight": np.ones(4, np.float32)}
+    old = {f"language_model.{name}": t for name, t in tensors.items()} | vision
+    new = {name.replace("model.", "model.language_model.", 1): t for name, t in tensors.items()}
+    new |= {f"model.{name}": t for name, t in vision.items()}
+    plain, wanted = open_and_load(cases.write_checkpoint(tmp_path / "plain", "gemma3_linear"))
+    for i, names in enumerate((old, new)):
+        folder = cases.write_checkpoint(tmp_path / str(i), "gemma3_linear", config=config, tensors=names)
+        model, weights = open_and_load(folder)
+        assert model.spec == plain.spec
+        for got, want in zip(weights, wanted, strict=True):
+            np.testing.assert_array_equal(got, want)

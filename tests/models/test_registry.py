@@ -1,0 +1,122 @@
+"""Configs: which architecture they name, old and new spellings of the same thing, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.loading.hf_config import understand_config
+from jaxserve.models.registry import ARCHITECTURES, find_architecture
+from jaxserve.models.spec import DecoderSpec, LinearScaling
+from tests.goldens import cases
+
+
+def spec_of(case: str, drop: tuple[str, ...] = (), **changes: Any) -> DecoderSpec:
+    """The spec of a case whose config has some fields dropped and some changed."""
+    config = {name: value for name, value in cases.read_config(case).items() if name not in drop}
+    return understand_config(config | changes)[2]
+
+
+def test_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(ModelLoadError, match="not supported: BertModel. Known ones: LlamaForCausalLM, .*Gemma3ForCausalLM"):
+        find_architecture({"architectures": ["BertModel"], "model_type": "bert"})
+    with pytest.raises(ModelLoadError, match="model_type 'bert'"):
+        find_architecture({"model_type": "bert"})
+    with pytest.raises(ModelLoadError, match="model_type None"):
+        find_architecture({})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_model_type_alone_is_enough(architecture: Any) -> None:
+    assert find_architecture({"model_type": architecture.model_type}) is architecture
+
+
+def test_code_of_the_model_is_ignored() -> None:
+    assert spec_of("llama", auto_map={"AutoConfig": "evil.Config"}) == spec_of("llama")
+
+
+def test_class_and_model_type_must_agree() -> None:
+    with pytest.raises(ModelLoadError, match="LlamaForCausalLM with model_type 'mamba'; wanted 'llama'"):
+        spec_of("llama", model_type="mamba")
+
+
+def test_llama_old_rope_fields() -> None:
+    rope = dict(cases.read_config("llama")["rope_parameters"])
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    for name in ("rope_type", "type"):
+        assert spec_of("llama", ("rope_parameters",), rope_theta=theta, rope_scaling=rope | {name: kind}) == spec_of("llama")
+    plain = spec_of("llama2", ("rope_parameters",), rope_theta=500.0, rope_scaling=None)
+    assert plain == spec_of("llama2")
+
+
+def test_gemma3_old_rope_fields() -> None:
+    old = {
+        "rope_theta": 50000.0,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 6,
+    }
+    assert spec_of("gemma3_linear", ("rope_parameters", "layer_types", "_sliding_window_pattern"), **old) == spec_of(
+        "gemma3_linear"
+    )
+
+
+def test_gemma3_layers() -> None:
+    layers = spec_of("gemma3_linear").layers
+    assert [layer.mixer.window for layer in layers] == [8, 8, 8, 8, 8, None, 8]
+    ropes = [layer.mixer.rope for layer in layers]
+    assert ropes[5] is not None and ropes[0] is not None
+    assert (ropes[5].theta, ropes[5].scaling) == (50000.0, LinearScaling(factor=8.0))
+    assert (ropes[0].theta, ropes[0].scaling) == (500.0, None)
+
+
+def test_windows() -> None:
+    assert [layer.mixer.window for layer in spec_of("qwen2_window").layers] == [None, 8, 8]
+    assert {layer.mixer.window for layer in spec_of("qwen2", sliding_window=8).layers} == {None}  # use_sliding_window is off
+    assert {layer.mixer.window for layer in spec_of("mistral").layers} == {16}
+    assert {layer.mixer.window for layer in spec_of("mistral", sliding_window=None).layers} == {None}
+
+
+def test_head_dim_comes_from_the_width_if_not_given() -> None:
+    with_it = spec_of("qwen2", head_dim=16)
+    assert spec_of("qwen2") == with_it
+    assert spec_of("qwen2", head_dim=24).layers[0].mixer.head_dim == 24
+
+
+def test_attention_bias_of_llama_reaches_every_projection() -> None:
+    mixer = spec_of("llama_bias").layers[0].mixer
+    assert (mixer.qkv_bias, mixer.out_bias) == (True, True)
+    mixer = spec_of("qwen2").layers[0].mixer
+    assert (mixer.qkv_bias, mixer.out_bias) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "case, changes, message",
+    [
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type .*yarn.* is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope type 'linear' takes rope_theta, factor|factor"),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}, "mrope_section"),
+        ("llama", {"partial_rotary_factor": 0.5}, "rope over part of each head"),
+        ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ("llama", {"hidden_size": "wide"}, "does not make sense for LlamaForCausalLM.*hidden_size"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "mistral with layer_types"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types|num_hidden_layers"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+    ],
+)  # fmt: skip
+def test_refuses_what_it_cannot_do(case: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        spec_of(case, **changes)
+
+
+def test_untied_gemma_has_a_head() -> None:
+    assert not spec_of("gemma3_text", tie_word_embeddings=False).tie_embeddings
+    assert replace(spec_of("gemma3_text"), tie_embeddings=False) == spec_of("gemma3_text", tie_word_embeddings=False)

@@ -1,0 +1,63 @@
+"""Runs a model through the functional core alone: chunked prefill, then paged decode, with the logits of every token."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve import step
+from jaxserve.models.description import ModelDescription
+from jaxserve.models.interface import Runtime
+from jaxserve.plan import PlanBuffer, PlanShape
+from jaxserve.runner import abstract_state
+from jaxserve.sharding import Shardings, make_mesh
+
+PAGE = 16
+
+
+def paged_logits(
+    model: ModelDescription, weights: step.Weights, tokens: np.ndarray, *, chunk: int, num_decoded: int, devices: int = 1
+) -> np.ndarray:
+    """Logits [B, n, V] of tokens [B, n], all rows in step: chunks of `chunk`, the last `num_decoded` one by one.
+
+    Rows' pages are interleaved and out of order in the pool.
+    """
+    num_rows, length = tokens.shape
+    mesh = make_mesh(devices)
+    shardings = Shardings(mesh)
+    pages = -(-length // PAGE)
+    abstract = abstract_state(
+        model.cache_specs, pages * num_rows + 1, PAGE, num_rows, pages, model.abstract[0].dtype, shardings
+    )
+    state = jax.tree.map(lambda x: jax.device_put(jnp.full(x.shape, jnp.nan if x.ndim == 4 else 0, x.dtype), x.sharding), abstract)
+    last_tokens = jax.device_put(jnp.zeros(num_rows, jnp.int32), shardings.replicated)
+    ids = np.random.default_rng(0).permutation(pages * num_rows).reshape(num_rows, pages)
+
+    @partial(jax.jit, static_argnames="shape")
+    def forward(weights: step.Weights, state: step.DeviceState, packed: jax.Array, shape: PlanShape) -> tuple:
+        return step.forward(
+            weights, state, last_tokens, packed,
+            apply_model=model.apply, runtime=Runtime("cpu", mesh), shape=shape, page_size=PAGE,
+        )  # fmt: skip
+
+    logits = np.zeros((num_rows, length, model.vocab_size), np.float32)
+    starts = [*range(0, length - num_decoded, chunk), *range(length - num_decoded, length)]
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        count = end - start
+        width = num_rows * (1 if count == 1 else max(chunk, 16))
+        buffer = PlanBuffer(PlanShape(width, num_rows, width, pages * num_rows), num_rows)
+        buffer.num_single_rows[0] = num_rows if count == 1 else 0
+        buffer.token_ids[: num_rows * count] = tokens[:, start:end].ravel()
+        buffer.row_slot[:] = range(num_rows)
+        buffer.row_position[:] = start
+        buffer.row_tokens[:] = count
+        if start == 0:
+            buffer.page_index[:] = range(pages * num_rows)
+            buffer.page_id[:] = ids.ravel()
+        buffer.logit_rows[: num_rows * count] = range(num_rows * count)
+        state, out, _ = forward(weights, state, buffer.packed, buffer.shape)
+        logits[:, start:end] = np.asarray(out)[: num_rows * count].reshape(num_rows, count, -1)
+    return logits

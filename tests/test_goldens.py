@@ -1,0 +1,45 @@
+"""Every reference case through chunked prefill and paged decode: Hugging Face's logits, on one device and on several."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.models.loading import ModelDescription, describe_model, load_weights, open_source
+from jaxserve.sharding import Shardings, kv_repeat, make_mesh
+from tests.goldens.cases import NAMES, read_golden, write_checkpoint
+from tests.paged import paged_logits
+
+TOLERANCE = 0.01  # of the logits' standard deviation, in float32
+
+
+@cache
+def load(folder: Path, devices: int = 1) -> tuple[ModelDescription, tuple]:
+    source = open_source(str(folder))
+    model = describe_model(source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices))
+    return model, load_weights(source, model, sharding_for=Shardings(make_mesh(devices)).of)
+
+
+def assert_close(got: np.ndarray, want: np.ndarray) -> None:
+    error = np.abs(got - want).max() / want.std()
+    assert error < TOLERANCE, f"largest error is {error:.3%} of the logits' standard deviation"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunked_prefill_and_paged_decode(name: str, tmp_path: Path) -> None:
+    model, weights = load(write_checkpoint(tmp_path / name, name))
+    tokens, want = read_golden(name)
+    for chunk in (7, 16):
+        assert_close(paged_logits(model, weights, tokens, chunk=chunk, num_decoded=16), want)
+
+
+@pytest.mark.parametrize("name, devices", [("llama", 2), ("llama", 4), ("qwen2", 2), ("gemma3_text", 2)])
+def test_tensor_parallel(name: str, devices: int, tmp_path: Path) -> None:
+    """With 4 devices the 2 kv heads are repeated."""
+    model, weights = load(write_checkpoint(tmp_path / name, name), devices)
+    tokens, want = read_golden(name)
+    assert_close(paged_logits(model, weights, tokens, chunk=16, num_decoded=4, devices=devices), want)

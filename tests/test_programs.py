@@ -1,0 +1,92 @@
+"""The declared programs: how many, which buckets, nothing compiled after ready, no copy of the pool."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from jaxserve.programs import Buckets, choose_buckets
+from jaxserve.sampler import Mode
+from jaxserve.sampling_params import OutputKind, SamplingParams
+from tests.tiny import compiled_programs, greedy, run, tiny_engine
+
+
+def gpu_buckets() -> Buckets:
+    return choose_buckets("gpu", 256, 8192, pages_per_slot=512, page_size=16)
+
+
+def test_buckets_are_a_short_list() -> None:
+    buckets = gpu_buckets()
+    assert buckets.decode[0] == 1 and buckets.decode[-1] == 256
+    assert buckets.tokens[-1] == 8192
+    assert len(buckets.shapes) <= 10
+    assert set(buckets.samples) >= {256}
+
+
+@pytest.mark.parametrize("rows, tokens", [(1, 1), (2, 2), (200, 200), (1, 5), (256, 300), (3, 8192)])
+def test_the_chosen_plan_holds_the_step(rows: int, tokens: int) -> None:
+    buckets = gpu_buckets()
+    shape = buckets.choose(rows, tokens, rows, rows)
+    assert shape in buckets.shapes
+    assert shape.num_rows >= rows and shape.num_tokens >= tokens and shape.num_samples >= rows
+    assert shape.num_page_updates >= rows
+
+
+def test_a_prefix_hit_or_fork_takes_a_program_that_holds_it() -> None:
+    """One token to compute, but a whole table of pages, or many samples."""
+    buckets = gpu_buckets()
+    assert buckets.choose(1, 1, 1, 512).num_page_updates >= 512
+    assert buckets.choose(1, 1, 256, 1).num_samples == 256
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(str(kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_ready(compilations: list[str]) -> None:
+    """Every kind of request: greedy, sampled, penalised, logprobs, forks, a prefix hit, a preemption, an abort."""
+    engine = tiny_engine(num_pages=20)
+    assert len(engine.runner.programs) <= 20
+    del compilations[:]
+    final = OutputKind.FINAL_ONLY
+    for params in [
+        greedy(20),
+        SamplingParams(max_tokens=30, output_kind=final),
+        SamplingParams(top_p=0.5, top_k=3, max_tokens=30, output_kind=final),
+        SamplingParams(frequency_penalty=1.0, n=3, max_tokens=30, output_kind=final),
+        greedy(20, logprobs=-1, prompt_logprobs=2),
+        greedy(40),
+    ]:
+        engine.add_request(list(range(1, 60)), params)
+    aborted = engine.add_request([5] * 30, greedy(30))
+    engine.step()
+    engine.abort(aborted)
+    run(engine)
+    assert compilations == []
+
+
+def test_the_pool_is_updated_in_place() -> None:
+    for shape, program in compiled_programs().forward.items():
+        text = program.as_text()
+        pool = next(m for m in re.findall(r"f32\[64,16,4,16\]", text))
+        copies = [line for line in text.splitlines() if re.search(rf"= {re.escape(pool)}\S* copy\(", line)]
+        assert not copies, f"{shape} copies the pool: {copies[:2]}"
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= 2 * 64 * 16 * 4 * 16 * 4, "the pool is not donated"
+
+
+def test_each_mode_and_size_has_a_sample_program() -> None:
+    programs, buckets = compiled_programs(), tiny_engine().runner.buckets
+    assert set(programs.sample) == {(n, mode) for n in buckets.samples for mode in Mode}
