@@ -74,10 +74,10 @@ class Completion:
 def group_output(group: RequestGroup, completions: dict[Request, Completion], error: str | None = None) -> RequestOutput | None:
     """What a user's request has to show now; None where there is nothing."""
     finished = all(r.finish_reason is not None for r in group.requests)
-    if group.params.output_kind is OutputKind.FINAL_ONLY and not finished:
+    if (group.params.output_kind is OutputKind.FINAL_ONLY or group.beams is not None) and not finished:
         return None
     outputs = [output for r in group.requests if (output := completions[r].output()) is not None]
-    if group.params.best_of is not None:
+    if group.params.best_of is not None and group.beams is None:
         outputs = _best(outputs, group.params.n, finished)
     if not outputs and not finished:
         return None

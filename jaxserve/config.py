@@ -137,6 +137,12 @@ class EngineConfig:
             max_num_seqs=self.scheduler.max_num_seqs or (16 if on_cpu else 256),
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens or (512 if on_cpu else 8192),
         )
+        assert scheduler.max_num_seqs is not None and scheduler.max_num_batched_tokens is not None
+        if scheduler.max_num_batched_tokens <= scheduler.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({scheduler.max_num_batched_tokens}) must be above max_num_seqs "
+                f"({scheduler.max_num_seqs}), so that a step has room for prompts beside every request's next token"
+            )
         block_size = self.cache.block_size or (64 if platform == "tpu" else 16)
         return replace(
             self,
@@ -144,6 +150,11 @@ class EngineConfig:
             cache=replace(self.cache, block_size=block_size),
             scheduler=scheduler,
         )
+
+
+def xla_memory_fraction() -> float:
+    """The share of a device's memory that XLA may take; fixed before jax starts, by the CLI or the user."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
 def option_fields() -> Iterator[tuple[str, Field[Any]]]:

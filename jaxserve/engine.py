@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from jaxserve.beam_search import BeamSearch
 from jaxserve.completion import Completion, group_output, is_live
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
 from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
-from jaxserve.outputs import FinishReason, Logprob, RequestOutput, TokenLogprobs
+from jaxserve.outputs import FinishReason, RequestOutput
 from jaxserve.plan import NO_TARGET
 from jaxserve.request import Request, RequestGroup
 from jaxserve.runner import InFlight, Runner
-from jaxserve.sampler import MAX_LOGPROBS
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
+from jaxserve.step_results import likeliest, token_logprobs
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
@@ -113,8 +113,10 @@ class Engine:
             prompt=prompt,
             cache_salt=cache_salt,
         )
+        if params.use_beam_search:
+            group.beams = BeamSearch(group, self.scheduler, self._completions, self.tokenizer)
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
-        for index in range(params.num_samples):
+        for index in range(1 if params.use_beam_search else params.num_samples):
             request = Request(group, index, seed + index, (priority, next(self._order)))
             group.requests.append(request)
             self._completions[request] = Completion(request, self.tokenizer)
@@ -209,24 +211,29 @@ class Engine:
         changed: dict[str, RequestGroup] = {}
         num_sampled = 0
         tokens = results["tokens"].tolist() if step.rows else []
+        text = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
         for i, row in enumerate(step.rows):
             request = row.request
             if row.target != NO_TARGET:
-                wanted = request.group.params.prompt_logprobs
-                request.prompt_logprobs[row.position] = self._logprobs(row.target, wanted, results, i)
+                wanted = request.group.params.prompt_logprobs or 0
+                request.prompt_logprobs[row.position] = token_logprobs(results, i, row.target, wanted, text)
                 continue
             request.num_in_flight -= 1
             if not is_live(request):
                 continue
             num_sampled += 1
+            changed[request.group.request_id] = request.group
+            self._record_token(request, now)
+            if (beams := request.group.beams) is not None:
+                for ended in beams.take(request, *likeliest(results, i, beams.num_candidates)):
+                    self._finish(ended)
+                continue
             wanted = request.group.params.logprobs
-            logprobs = None if wanted is None else self._logprobs(tokens[i], wanted, results, i)
+            logprobs = None if wanted is None else token_logprobs(results, i, tokens[i], wanted, text)
             if "logprob" in results:
                 request.cumulative_logprob += float(results["logprob"][i])
             self._completions[request].append(tokens[i], logprobs)
-            self._record_token(request, now)
             self._after_token(request)
-            changed[request.group.request_id] = request.group
         outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
         for group in changed.values():
             if group.finished:
@@ -244,20 +251,6 @@ class Engine:
             request.bans = bans
             if request.is_placed:  # else the row is written when it gets a slot again
                 self.runner.set_shaping(request)
-
-    def _logprobs(self, token: int, wanted: int | None, results: dict[str, NDArray[Any]], row: int) -> TokenLogprobs:
-        """The token at a position and the likeliest ones; a wanted count below 0 is the whole vocabulary."""
-        assert wanted is not None
-        if wanted < 0 or wanted > MAX_LOGPROBS:
-            order = np.argsort(-results["all_logprobs"][row], kind="stable")[: wanted if wanted >= 0 else None]
-            top_ids, top = order, results["all_logprobs"][row][order]
-        else:
-            top_ids, top = results["top_ids"][row, :wanted], results["top_logprobs"][row, :wanted]
-        entries = [(token, float(results["logprob"][row]), int(results["rank"][row]))]
-        likeliest = zip(top_ids.tolist(), top.tolist(), strict=True)
-        entries += [(i, logprob, rank) for rank, (i, logprob) in enumerate(likeliest, start=1) if i != token]
-        text = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
-        return {i: Logprob(logprob, rank, text(i)) for i, logprob, rank in entries}
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The token sequences that spell each bad word, at the start of a text and after a space."""

@@ -110,7 +110,10 @@ def build_tokenizer(metadata: Mapping[str, Any], name: str) -> GgufTokenizer:
     types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
         raise ModelLoadError(f"{name}: it has {len(tokens):,} tokens and {len(types):,} token types; the file is broken.")
-    backend = _byte_level_bpe(metadata, tokens, name) if kind == "gpt2" else _sentencepiece_bpe(metadata, tokens, types)
+    try:
+        backend = _byte_level_bpe(metadata, tokens) if kind == "gpt2" else _sentencepiece_bpe(metadata, tokens, types)
+    except Exception as error:  # tokenizers has no exceptions of its own
+        raise ModelLoadError(f"{name}: its tokenizer cannot be built: {error}. {_WAY_OUT}") from error
     for token_type in (TokenType.CONTROL, TokenType.USER_DEFINED):
         is_special = token_type == TokenType.CONTROL
         found = (token for token, t in zip(tokens, types, strict=True) if t == token_type)
@@ -126,12 +129,12 @@ def build_tokenizer(metadata: Mapping[str, Any], name: str) -> GgufTokenizer:
     )
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str], name: str) -> Tokenizer:
+def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
-        raise ModelLoadError(f"{name}: its tokenizer.ggml.pre is {pre!r}; supported are {', '.join(sorted(_SPLITS))}. {_WAY_OUT}")
+        raise ValueError(f"its tokenizer.ggml.pre is {pre!r}, and supported are {', '.join(sorted(_SPLITS))}")
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges") or ()]
+    merges = _stored_merges(metadata, vocab)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre in _NFC:
         backend.normalizer = normalizers.NFC()
@@ -145,11 +148,10 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str], name: st
 def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """SentencePiece's BPE: text is one run with "▁" for spaces, and the pair that makes the best-scored token merges first."""
     scores: Sequence[float] = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    merges = metadata.get("tokenizer.ggml.merges")
-    pairs = [_pair(merge) for merge in merges] if merges else _merges_from_scores(tokens, scores, types)
     unknown = next((token for token, t in zip(tokens, types, strict=True) if t == TokenType.UNKNOWN), None)
     vocab = {token: i for i, token in enumerate(tokens)}
-    model = models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=TokenType.BYTE in types)
+    merges = _stored_merges(metadata, vocab) or _merges_from_scores(tokens, scores, types)
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=TokenType.BYTE in types)
     backend = Tokenizer(model)
     spaces = normalizers.Replace(" ", "▁")
     decode: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -173,9 +175,14 @@ def _merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: S
     return merges
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+def _stored_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in metadata.get("tokenizer.ggml.merges") or ():
+        left, _, right = merge.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):  # tokenizers would panic
+            raise ValueError(f"its merge {merge!r} joins or makes what is no token")
+        merges.append((left, right))
+    return merges
 
 
 def _bos_and_eos(metadata: Mapping[str, Any], tokens: Sequence[str], special: Mapping[str, int]) -> processors.PostProcessor:

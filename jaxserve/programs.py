@@ -72,12 +72,13 @@ class Buckets:
 
 def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
     """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
-    smallest = 32 if platform == "cpu" else 256
+    smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
     decode = _geometric(max_num_seqs, 1, 4)
+    few = decode[0] if platform == "cpu" or len(decode) == 1 else decode[-2]
     return Buckets(
         decode=decode,
-        tokens=_geometric(max_num_batched_tokens, min(smallest, max_num_batched_tokens), 4)[-3:],
-        samples=(decode[0] if platform == "cpu" else decode[-2:][0], max_num_seqs) if len(decode) > 1 else decode,
+        tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
+        samples=tuple(sorted({few, max_num_seqs})),
         pages_per_slot=pages_per_slot,
         page_size=page_size,
     )

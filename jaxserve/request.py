@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,9 @@ from jaxserve.sampler import MAX_LOGPROBS, Mode
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.shaping import Shaping, host_row
 
+if TYPE_CHECKING:
+    from jaxserve.beam_search import BeamSearch
+
 MODES = list(Mode)
 
 
@@ -51,6 +55,7 @@ class RequestGroup:
         max_output_tokens: resolved from max_tokens and what the model's length leaves.
         arrival_s: time.monotonic() at submission.
         unforked: Requests that wait for the first one's prompt to be computed, to share its pages.
+        beams: chooses the tokens on the host, where the requests are the beams of a search.
     """
 
     request_id: str
@@ -64,6 +69,7 @@ class RequestGroup:
     arrival_s: float = field(default_factory=time.monotonic)
     requests: list[Request] = field(default_factory=list)
     unforked: list[Request] = field(default_factory=list)
+    beams: BeamSearch | None = None
 
     @property
     def finished(self) -> bool:
@@ -87,6 +93,7 @@ class Request:
         num_passed: how often a later request was admitted past this one.
         is_placed: whether a planned step has given its sampling parameters to its slot.
         bans: token ids that must not come next.
+        is_held: the host has the results of its last token, and has yet to choose the next one.
     """
 
     def __init__(self, group: RequestGroup, index: int, seed: int, order: tuple[int, int]) -> None:
@@ -102,6 +109,7 @@ class Request:
         self.num_preemptions = 0
         self.num_passed = 0
         self.is_placed = False
+        self.is_held = False
         self.slot = -1
         self.pages: list[int] = []
         self.num_pages_sent = 0
@@ -122,8 +130,9 @@ class Request:
     @property
     def wants_all_logprobs(self) -> bool:
         """Whether log probabilities of the whole vocabulary are asked."""
-        params = self.group.params
-        return any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in (params.logprobs, params.prompt_logprobs))
+        params, beams = self.group.params, self.group.beams
+        wanted = (params.logprobs, params.prompt_logprobs, beams.num_candidates if beams is not None else None)
+        return any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
 
     @property
     def has_logprobs(self) -> bool:
@@ -132,8 +141,8 @@ class Request:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host must see each token before the next is sampled (bans that depend on the text so far)."""
-        return any(len(word) > 1 for word in self.group.bad_word_ids)
+        """Whether the host must see each token before the next is sampled (beams; bans that depend on the text so far)."""
+        return self.group.beams is not None or any(len(word) > 1 for word in self.group.bad_word_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -152,7 +161,7 @@ class Request:
     @property
     def num_to_compute(self) -> int:
         """Tokens that a step could compute now; 0 when the last allowed one is already sampled."""
-        if self.num_tokens - self.num_prompt_tokens >= self.group.max_output_tokens:
+        if self.is_held or self.num_tokens - self.num_prompt_tokens >= self.group.max_output_tokens:
             return 0
         if self.num_in_flight and self.needs_host:
             return 0
@@ -177,7 +186,8 @@ class Request:
 
 def sampling_mode(params: SamplingParams, shaped: bool) -> Mode:
     """The least sample program that can do what the request asks."""
-    if params.logprobs is not None or params.prompt_logprobs is not None or params.best_of is not None:
+    asks_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    if asks_logprobs or params.best_of is not None or params.use_beam_search:
         return Mode.LOGPROBS
     if shaped:
         return Mode.SHAPED

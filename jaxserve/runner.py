@@ -20,9 +20,9 @@ from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SHAPED,
 from jaxserve.programs import Buckets, ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
-from jaxserve.scheduler import StepPlan
 from jaxserve.sharding import Shardings
 from jaxserve.step import DeviceState, Weights
+from jaxserve.step_plan import StepPlan
 
 MODES = list(Mode)
 

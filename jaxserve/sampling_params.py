@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from jaxserve.errors import InvalidRequestError
+
+
+_OF_BEAM_SEARCH = {"length_penalty", "early_stopping"}
+_NOT_IN_BEAM_SEARCH = {
+    "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
+    "bad_words", "stop", "min_tokens", "logprobs", "prompt_logprobs",
+}  # fmt: skip
+_ALL_TOKENS = {"top_k": -1}  # besides the default
 
 
 class OutputKind(Enum):
@@ -25,6 +33,10 @@ class SamplingParams:
     Attributes:
         n: completions to return for the prompt.
         best_of: completions to sample, of which the n with the highest cumulative log probability are returned.
+        use_beam_search: search for the likeliest completions, with best_of (or n) beams, instead of sampling.
+        length_penalty: beams are ranked by cumulative log probability / length ** length_penalty; above 0 favours long ones.
+        early_stopping: when a beam search ends. True: as soon as there are enough completions; False: when the best running
+            beam scores no better than the worst of them; "never": when it could not even at its best possible length.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of likeliest tokens with at least this probability.
@@ -51,6 +63,9 @@ class SamplingParams:
 
     n: int = 1
     best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -103,8 +118,22 @@ class SamplingParams:
             raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
         if self.best_of is not None and self.output_kind is OutputKind.DELTA:
             raise InvalidRequestError("best_of cannot be streamed: the best are known at the end", param="best_of")
+        self._check_beam_search()
         if self.seed is not None:
             _check(-(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer", self.seed)
+
+    def _check_beam_search(self) -> None:
+        is_known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        _check(is_known, "early_stopping", 'true, false or "never"', self.early_stopping)
+        names, why = (_NOT_IN_BEAM_SEARCH, "does not go with") if self.use_beam_search else (_OF_BEAM_SEARCH, "needs")
+        for f in fields(self):
+            if f.name in names and getattr(self, f.name) not in (f.default, _ALL_TOKENS.get(f.name)):
+                raise InvalidRequestError(f"{f.name} {why} use_beam_search", param=f.name)
+        if not self.use_beam_search:
+            return
+        _check(self.temperature in (0, 1), "temperature", "0 or 1 with use_beam_search, which draws nothing", self.temperature)
+        if self.output_kind is OutputKind.DELTA:
+            raise InvalidRequestError("a beam search cannot be streamed: the best are known at the end", param="use_beam_search")
 
     @property
     def is_greedy(self) -> bool:
@@ -112,7 +141,7 @@ class SamplingParams:
 
     @property
     def num_samples(self) -> int:
-        """Completions to sample."""
+        """Completions to sample, or beams to keep."""
         return self.n if self.best_of is None else self.best_of
 
     @classmethod

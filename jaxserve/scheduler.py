@@ -8,55 +8,14 @@ even while a step that used it is still running.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.request import Request, Status
+from jaxserve.step_plan import PlanRow, StepPlan
 
 MAX_PASSED = 64  # admissions past a waiting request that does not fit, before the queue waits for it
-
-
-@dataclass(slots=True)
-class PlanRow:
-    """One request's share of a step.
-
-    Attributes:
-        start: position of the first token computed.
-        samples: the requests that get a token sampled from the row's last logits: the request itself, and those that fork
-            from it; none while the prompt is not computed to its end.
-        new_pages: index of the first page that the device's table does not know yet.
-        num_targets: how many of the row's tokens are prompt tokens whose next token's log probability is wanted.
-        placed: requests that have just got their slot.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: list[Request]
-    new_pages: int
-    num_targets: int
-    placed: list[Request]
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one step does. Rows with one token come first.
-
-    Attributes:
-        page_copies: (from, to) pages to copy before the step.
-    """
-
-    rows: list[PlanRow] = field(default_factory=list)
-    num_tokens: int = 0
-    num_samples: int = 0
-    num_page_updates: int = 0
-    page_copies: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every row has exactly one token."""
-        return self.num_tokens == len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -84,6 +43,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._free_slots = list(range(limits.max_num_seqs))[::-1]
+        self._tables: list[list[int]] = [[] for _ in self._free_slots]  # what free slots' tables hold on the device
 
     @property
     def has_requests(self) -> bool:
@@ -104,7 +64,24 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when nothing can run before results come back."""
+        """The next step, or None when nothing can run before results come back.
+
+        Held requests wait for others: where those cannot run beside them, they give up their slots and pages.
+        """
+        plan = self._plan()
+        while not plan.rows and (victim := self._last_held()) is not None:
+            self._preempt(victim)
+            plan = self._plan()
+        plan.rows.sort(key=lambda row: row.num_tokens > 1)
+        return plan if plan.rows else None
+
+    def _last_held(self) -> Request | None:
+        """The held request that gives way when nothing runs any more."""
+        if any(r.num_in_flight for r in self.running + self.waiting):
+            return None
+        return max((r for r in self.running if r.is_held), key=lambda r: r.order, default=None)
+
+    def _plan(self) -> StepPlan:
         plan = StepPlan()
         preemptions = self.num_preemptions
         singles = [r for r in self.running if r.num_to_compute == 1]
@@ -113,9 +90,6 @@ class Scheduler:
             self._continue(request, plan, num_behind=len(singles) + len(chunks) - i - 1)
         if self.num_preemptions == preemptions:
             self._admit(plan)
-        if not plan.rows:
-            return None
-        plan.rows.sort(key=lambda row: row.num_tokens > 1)
         return plan
 
     def record_computed_pages(self, request: Request) -> None:
@@ -134,6 +108,7 @@ class Scheduler:
             self._preempt(request)
         for request in self.waiting:
             request.num_in_flight = 0  # those results are lost
+        self._tables = [[] for _ in self._tables]
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
 
@@ -158,9 +133,10 @@ class Scheduler:
         if request.status is not Status.RUNNING or wanted <= 0:
             return
         while not self._reserve(request, request.num_computed + wanted, plan):
-            victim = max(self.running, key=lambda r: r.order)
+            victim = max(self.running, key=lambda r: (r.order, r.is_held))
             self._unplan(victim, plan)
             self._preempt(victim)
+            plan.page_copies = [copy for copy in plan.page_copies if self.pool.holders(copy[1])]
             if victim is request:
                 return
         if plan.num_page_updates + len(request.pages) - request.num_pages_sent <= self.limits.max_page_updates:
@@ -220,8 +196,11 @@ class Scheduler:
                 plan.rows.remove(row)
                 plan.num_tokens -= row.num_tokens
                 plan.num_samples -= row.num_targets
+                plan.num_page_updates -= request.num_pages_sent - row.new_pages
+                request.num_pages_sent = row.new_pages
 
     def _free(self, request: Request) -> None:
+        self._tables[request.slot] = request.pages[: request.num_pages_sent]
         # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
         for page in reversed(request.pages):
             self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
@@ -293,13 +272,14 @@ class Scheduler:
         self.running.append(request)
         request.status = Status.RUNNING
         request.slot = self._free_slots.pop()
+        request.num_pages_sent = _num_equal(request.pages, self._tables[request.slot])
 
     # Admission
 
     def _admit(self, plan: StepPlan) -> None:
         """Starts waiting requests in order. One that does not fit is passed by smaller ones, but not for ever."""
         passed: list[Request] = []
-        for request in list(self.waiting):
+        for request in [r for r in self.waiting if not r.is_held]:
             if not self._free_slots or plan.num_samples >= self.limits.max_num_seqs:
                 break
             if plan.num_tokens >= self.limits.max_num_batched_tokens:
@@ -345,3 +325,8 @@ class Scheduler:
         self.waiting.remove(request)
         self._run(request)
         self._add_row(request, self._chunk(request, plan, num_behind=0), plan)
+
+
+def _num_equal(pages: list[int], table: list[int]) -> int:
+    """How many pages at the beginning are the same."""
+    return next((i for i, (a, b) in enumerate(zip(pages, table, strict=False)) if a != b), min(len(pages), len(table)))

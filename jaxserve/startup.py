@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 
-from jaxserve.config import GIB, EngineConfig
+from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import Observer
@@ -28,6 +28,7 @@ from jaxserve.models.loading import (
 )
 
 from jaxserve.page_pool import PagePool
+from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import (
     Buckets,
@@ -141,7 +142,8 @@ def _describe(config: EngineConfig, source: ModelSource) -> _Build:
     repeat = lambda heads: kv_repeat(heads, config.parallel.tensor_parallel_size)  # noqa: E731
     model = describe_model(source, dtype=dtype, kv_repeat=repeat)
     resolved = config.resolve(platform, model.max_model_len)
-    return _Build(resolved, model, Runtime(platform, mesh), Shardings(mesh), dtype)
+    attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
+    return _Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
 
 
 def _num_pages(build: _Build) -> int:
@@ -157,8 +159,9 @@ def _num_pages(build: _Build) -> int:
     inputs, shape = build.inputs(PAGES_MULTIPLE), build.buckets().shapes[0]
     program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
     needed = Programs({shape: program}, {}).temporary_bytes() + _weight_bytes(build)
-    # The limit is what XLA may take, itself a share of the memory (see XLA_PYTHON_CLIENT_MEM_FRACTION).
-    pages = int(limit * cache.gpu_memory_utilization - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
+    # The limit is what XLA may take, which is itself a share of the device's memory.
+    usable = min(limit, limit / xla_memory_fraction() * cache.gpu_memory_utilization)
+    pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
     if pages <= 0:
         raise ConfigError(
             f"the weights and programs need {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB on each device, which leaves no "

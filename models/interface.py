@@ -30,7 +30,8 @@ MODEL_AXIS = "model"  # the one mesh axis: tensor and expert parallelism
 class StepBatch:
     """The tokens of one step, packed: row b is one request, its query tokens are query_start[b]:query_start[b + 1].
 
-    Rows with exactly one token come first (num_single_rows of them), so that kernels can treat them as decode.
+    Rows with exactly one token come first (num_single_rows of them), so that kernels can treat them as decode; T = B says
+    that there are no others.
     Padding tokens have position 0 and a write_slot past the pool; padding rows have no tokens and kv_len 0.
 
     Attributes:
@@ -76,10 +77,12 @@ class Runtime:
     Attributes:
         platform: "cpu", "gpu" or "tpu", the compile target; never asked of jax.devices() at trace time.
         mesh: the devices; kernels run under shard_map over its `model` axis.
+        attention: the attention kernel's back end.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
     mesh: Mesh | None = None
+    attention: kernels.Implementation = "xla"
 
     def write_kv(
         self,
@@ -126,7 +129,7 @@ class Runtime:
                 scale=scale,
                 window=window,
                 softcap=softcap,
-                platform=self.platform,
+                implementation=self.attention,
             )
 
         heads = P(None, MODEL_AXIS, None)

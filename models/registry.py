@@ -18,7 +18,8 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ModelLoadError: if it is none of those known.
     """
-    names = config.get("architectures") or []
+    names = config.get("architectures")
+    names = names if isinstance(names, list) else []
     model_type = config.get("model_type")
     for architecture in ARCHITECTURES:
         if architecture.name in names or (not names and architecture.model_type == model_type):

@@ -93,6 +93,11 @@ class AttentionSpec:
     out_bias: bool = False
     kv_repeat: int = 1
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_heads", "num_kv_heads", "head_dim", "window")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+
     @property
     def array_kv_heads(self) -> int:
         """K of our arrays, repeats included."""
@@ -118,6 +123,9 @@ class MlpSpec:
     activation: Activation
     gated: bool = True
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "dim")
 
 
 MixerSpec = AttentionSpec  # the union of everything that can mix tokens
@@ -158,6 +166,9 @@ class DecoderSpec:
     logit_softcap: float | None = None
     max_position: int
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "vocab_size", "d_model", "max_position")
+
     def with_kv_repeat(self, repeat: Callable[[int], int]) -> DecoderSpec:
         """This model with each kv head held several times, for more devices than kv heads.
 
@@ -177,3 +188,10 @@ def _repeat_kv(mixer: MixerSpec, repeat: Callable[[int], int]) -> MixerSpec:
             f"each kv head serves {group} query heads, which do not divide over {times} devices. Lower --tensor-parallel-size."
         )
     return replace(mixer, kv_repeat=times)
+
+
+def _check_positive(spec: object, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")

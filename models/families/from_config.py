@@ -29,14 +29,6 @@ def head_dim(config: HfConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def kv_heads(config: HfConfig) -> int:
-    """K, which must divide the query heads."""
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    if kv < 1 or heads % kv:
-        raise ModelLoadError(f"num_key_value_heads={kv} must divide num_attention_heads={heads}; check config.json")
-    return int(kv)
-
-
 def rope(parameters: Mapping[str, Any], dim: int) -> RopeSpec:
     """A rope_parameters dict of transformers 5 (AutoConfig turns older forms into it) for heads of `dim`."""
     fields = {name: value for name, value in parameters.items() if value is not None}

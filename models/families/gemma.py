@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.from_config import gated_mlp, head_dim, kv_heads, refuse, rope, windows
+from jaxserve.models.families.from_config import gated_mlp, head_dim, refuse, rope, windows
 from jaxserve.models.families.llama_tensors import GEMMA_TENSORS
 from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
 
@@ -17,7 +17,7 @@ def _gemma3(config: HfConfig) -> DecoderSpec:
     def layer(kind: str, window: int | None) -> LayerSpec:
         mixer = AttentionSpec(
             num_heads=config.num_attention_heads,
-            num_kv_heads=kv_heads(config),
+            num_kv_heads=config.num_key_value_heads,
             head_dim=dim,
             scale=config.query_pre_attn_scalar**-0.5,
             rope=rope(config.rope_parameters[kind], dim),

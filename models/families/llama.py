@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.from_config import gated_mlp, head_dim, kv_heads, refuse, rope, windows
+from jaxserve.models.families.from_config import gated_mlp, head_dim, refuse, rope, windows
 from jaxserve.models.families.llama_tensors import LLAMA_TENSORS
 from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
 
@@ -27,7 +27,7 @@ def _spec(
     def layer(window: int | None) -> LayerSpec:
         mixer = AttentionSpec(
             num_heads=config.num_attention_heads,
-            num_kv_heads=kv_heads(config),
+            num_kv_heads=config.num_key_value_heads,
             head_dim=dim,
             scale=dim**-0.5,
             rope=position,

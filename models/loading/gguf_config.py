@@ -36,6 +36,13 @@ class _Fields:
             raise ModelLoadError(f"the GGUF file's metadata lacks {self.arch}.{name}; download it again")
         return default
 
+    def count(self, name: str, default: Any = ...) -> int:
+        """A field that is a positive number; some architectures have one for each layer instead."""
+        value = self(name, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelLoadError(f"GGUF metadata {self.arch}.{name} must be a positive number; got {str(value)[:80]}")
+        return value
+
     def refuse_unread(self) -> None:
         unread = {name: value for name, value in self.values.items() if name not in self.read and value}
         if unread:
@@ -49,27 +56,27 @@ def config_from_gguf(file: GgufFile) -> Config:
     Raises:
         ModelLoadError: for an unknown architecture, and for metadata that is missing or not supported.
     """
-    arch = file.metadata.get("general.architecture")
+    arch = str(file.metadata.get("general.architecture"))
     if arch not in _ARCHITECTURES:
         raise ModelLoadError(f"GGUF architecture {arch!r} is not supported. Known ones: {', '.join(_ARCHITECTURES)}.")
     if "token_embd.weight" not in file.tensors:
         raise ModelLoadError(f"{file.path} lacks the tensor token_embd.weight. Is it complete, and a language model?")
     name, model_type, own_fields = _ARCHITECTURES[arch]
     fields = _Fields(file)
-    heads, width = fields("attention.head_count"), fields("embedding_length")
-    dim = fields("attention.key_length", None) or width // heads
+    heads, width = fields.count("attention.head_count"), fields.count("embedding_length")
+    dim = fields.count("attention.key_length", width // heads)
     config: Config = {
         "architectures": [name],
         "model_type": model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
-        "intermediate_size": fields("feed_forward_length"),
-        "num_hidden_layers": fields("block_count"),
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_hidden_layers": fields.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.count("attention.head_count_kv", heads),
         "head_dim": dim,
         "rms_norm_eps": fields("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": fields("context_length"),
+        "max_position_embeddings": fields.count("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": _rope_parameters(fields),
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),

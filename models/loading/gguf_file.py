@@ -67,7 +67,7 @@ def open_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _Reader(path, data).read()
-    except (OSError, struct.error, ValueError, KeyError) as e:
+    except (OSError, struct.error, ValueError, TypeError, LookupError, ArithmeticError) as e:
         raise ModelLoadError(f"{path} is not a whole GGUF file ({e}); download it again") from e
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _SAMPLING = {
     "general.sampling.top_p": "top_p",
     "general.sampling.min_p": "min_p",
 }
+_QK_PROJECTION = re.compile(r"\.[qk]_proj\.(weight|bias)$")
 _CONFIG_TENSORS = {"rope_freqs.weight"}  # read by config_from_gguf
 
 
@@ -80,11 +82,12 @@ def _restored(file: GgufFile, architecture: Architecture, spec: DecoderSpec) -> 
         if name in _CONFIG_TENSORS:
             continue
         order = None
-        if is_llama and name.startswith("blk.") and name.split(".")[2] in ("attn_q", "attn_k"):
-            mixer = spec.layers[int(name.split(".")[1])].mixer
-            order = _rope_order(mixer.head_dim, tensor.shape[0])
+        hf_name = hf_names.get(name, name)
+        head_dim = spec.layers[0].mixer.head_dim
+        if is_llama and _QK_PROJECTION.search(hf_name) and tensor.shape[0] % head_dim == 0:  # else it is refused later
+            order = _rope_order(head_dim, tensor.shape[0])
         offset = -1.0 if is_gemma and name.endswith("norm.weight") else 0.0  # llama.cpp stores Gemma's 1 + weight
-        yield hf_names.get(name, name), RestoredTensor(tensor, order, offset)
+        yield hf_name, RestoredTensor(tensor, order, offset)
 
 
 def _rope_order(head_dim: int, num_rows: int) -> np.ndarray:

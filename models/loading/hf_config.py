@@ -12,6 +12,8 @@ from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.registry import find_architecture
 from jaxserve.models.spec import DecoderSpec
 
+_MAX_LAYERS = 1000  # a damaged config must not keep us busy for hours
+
 
 def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, DecoderSpec]:
     """Finds the architecture that a config.json names, and what it says for it.
@@ -22,15 +24,16 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
         ModelLoadError: for an unknown architecture, or for a field whose value cannot be done.
     """
     architecture = find_architecture(raw)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelLoadError(
-            f"the checkpoint is quantised ({method}), which is not supported; use the unquantised one, or a GGUF"
-        )
     if raw.get("model_type", architecture.model_type) != architecture.model_type:
         raise ModelLoadError(
             f"config.json names {architecture.name} with model_type {raw['model_type']!r}; wanted {architecture.model_type!r}"
         )
+    if raw.get("quantization_config"):
+        raise ModelLoadError(
+            f"the checkpoint is quantised ({str(raw['quantization_config'])[:80]}), which is not supported; "
+            "use the unquantised one, or a GGUF file"
+        )
+    _check_depth(raw)
     try:
         config = _make_config(architecture.model_type, raw)
         return architecture, config, architecture.spec(config)
@@ -38,6 +41,13 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
         raise
     except Exception as e:  # transformers checks fields with errors of many kinds
         raise ModelLoadError(f"the model's config does not make sense for {architecture.name}: {e}") from e
+
+
+def _check_depth(raw: Mapping[str, Any]) -> None:
+    text_config = raw.get("text_config")
+    layers = (text_config if isinstance(text_config, Mapping) else raw).get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= _MAX_LAYERS:
+        raise ModelLoadError(f"num_hidden_layers must be a number from 1 to {_MAX_LAYERS}; got {layers!r}. Check config.json.")
 
 
 def _make_config(model_type: str, raw: Mapping[str, Any]) -> HfConfig:

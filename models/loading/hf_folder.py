@@ -48,7 +48,8 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
     generation_file = folder / "generation_config.json"
     generation = generation_defaults(raw, _read_json(generation_file) if generation_file.exists() else {})
     if dummy:
-        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        named = str(raw.get("dtype") or raw.get("torch_dtype"))
+        dtype = named if named in _DTYPES.values() else "bfloat16"
         return ModelSource(folder, "dummy", architecture, config, spec, generation, dtype, {})
     tensors: dict[str, StoredTensor] = {}
     dtypes: Counter[str] = Counter()

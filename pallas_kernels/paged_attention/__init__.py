@@ -1,5 +1,7 @@
 """Attention over a paged KV pool, and the write of new keys and values into it."""
 
+from jaxserve.pallas_kernels.paged_attention.api import Implementation as Implementation
+from jaxserve.pallas_kernels.paged_attention.api import choose_implementation as choose_implementation
 from jaxserve.pallas_kernels.paged_attention.api import kv_pages_shape as kv_pages_shape
 from jaxserve.pallas_kernels.paged_attention.api import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention.api import write_kv as write_kv

@@ -5,10 +5,24 @@ Layout: one array a layer, [pages, page_size, 2 * K, H]; key and value of kv hea
 
 from __future__ import annotations
 
+import functools
+import logging
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.pallas_kernels.paged_attention import xla
+
+log = logging.getLogger(__name__)
+
+Implementation = Literal["xla", "mosaic_gpu"]
+
+
+def choose_implementation(platform: str, device_kind: str) -> Implementation:
+    """The back end for a device, as jax names it: Mosaic GPU on Hopper, else the blockwise XLA loops."""
+    is_hopper = any(name in device_kind for name in ("H100", "H200", "H20", "H800", "GH200"))
+    return "mosaic_gpu" if platform == "gpu" and is_hopper else "xla"
 
 
 def kv_pages_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -44,7 +58,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    platform: str,
+    implementation: Implementation,
 ) -> Float[Array, "T N H"]:
     """Causal attention of packed query tokens, each over the pages of its own request.
 
@@ -57,25 +71,29 @@ def paged_attention(
         page_tables: pages of each row, in order; entries past kv_lens are never read.
         query_start: start of each row's tokens in q; its last entry is the number of tokens in use.
         kv_lens: keys of each row, 0 for an unused row.
-        num_single_rows: rows with exactly one token come first; this is how many there are.
+        num_single_rows: rows with exactly one token come first; this is how many there are. With T = B there are no others.
         sinks: a logit for each head that takes part in the softmax without a value (gpt-oss).
         scale: factor on q . k.
         window: keys that a token sees, itself included; None for all.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
-        platform: "cpu", "gpu" or "tpu", the compile target.
+        implementation: the back end; one that cannot do these shapes leaves them to the XLA loops, and says so once.
 
     Returns:
         [T, N, H], in q's type; rows of tokens not in use are unspecified but finite.
     """
-    return xla.paged_attention(
-        q,
-        kv_pages,
-        page_tables,
-        query_start,
-        kv_lens,
-        num_single_rows,
-        sinks,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
+    arguments = (q, kv_pages, page_tables, query_start, kv_lens, num_single_rows, sinks)
+    if implementation == "mosaic_gpu":
+        from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
+
+        try:
+            return mosaic_gpu.paged_attention(
+                *arguments, scale=scale, window=window, softcap=softcap, decode_only=q.shape[0] == page_tables.shape[0]
+            )
+        except NotImplementedError as reason:
+            _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
+    return xla.paged_attention(*arguments, scale=scale, window=window, softcap=softcap)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)

@@ -41,13 +41,15 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Float[Array, "T N H"]:
     """See api.paged_attention."""
-    num_tokens = q.shape[0]
+    num_tokens, num_rows = q.shape[0], page_tables.shape[0]
     page_tables = _pad_to_blocks(page_tables, kv_pages.shape[1])
     attend = _Attend(kv_pages, sinks, scale, window, softcap)
 
     # 1) Rows with one token, all at once.
-    single = jnp.arange(page_tables.shape[0]) < num_single_rows
+    single = jnp.arange(num_rows) < num_single_rows
     token = jnp.where(single, query_start[:-1], num_tokens)
+    if num_tokens == num_rows:  # a decode step has no other rows
+        return attend.single_tokens(q, page_tables, jnp.where(single, kv_lens, 0))
     rows = attend.single_tokens(q.at[token].get(mode="fill", fill_value=0), page_tables, jnp.where(single, kv_lens, 0))
     out = jnp.zeros((num_tokens + QUERY_BLOCK, *q.shape[1:]), q.dtype).at[token].set(rows, mode="drop")
 
@@ -67,8 +69,7 @@ def paged_attention(
 
         return lax.fori_loop(0, _cdiv(end - start, QUERY_BLOCK), query_block, out)
 
-    num_rows = jnp.sum(kv_lens > 0)
-    out = lax.fori_loop(num_single_rows, num_rows, row_blocks, out)
+    out = lax.fori_loop(num_single_rows, jnp.sum(kv_lens > 0), row_blocks, out)
     return out[:num_tokens]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -26,7 +27,8 @@ KV_HEADS = 2
 
 
 def decode_items(lens: list[int], num_rows: int, **options: Any) -> list[list[int]]:
-    plan = plan_decode(jnp.asarray(lens, jnp.int32), jnp.int32(num_rows), num_kv_heads=KV_HEADS, **options)
+    make = jax.jit(functools.partial(plan_decode, num_kv_heads=KV_HEADS, **options))
+    plan = make(jnp.asarray(lens, jnp.int32), jnp.int32(num_rows))
     assert not np.any(plan.arrivals)
     return np.asarray(plan.items)[: int(plan.num_items[0])].tolist()
 
@@ -76,14 +78,8 @@ def test_prefill_items_cover_each_token_once(seed: int) -> None:
     queries = [1] * single + rng.integers(2, [3, 40, 300, 2000][seed], rows - single - 2).tolist() + [0, 0]
     lens = [q + int(p) if q else 0 for q, p in zip(queries, rng.integers(0, 500, rows), strict=True)]
     starts = np.cumsum([0, *queries])
-    plan = plan_prefill(
-        jnp.asarray(starts, jnp.int32),
-        jnp.asarray(lens, jnp.int32),
-        jnp.int32(single),
-        num_tokens=int(starts[-1]),
-        num_heads=heads,
-        num_kv_heads=KV_HEADS,
-    )
+    make = jax.jit(functools.partial(plan_prefill, num_tokens=int(starts[-1]), num_heads=heads, num_kv_heads=KV_HEADS))
+    plan = make(jnp.asarray(starts, jnp.int32), jnp.asarray(lens, jnp.int32), jnp.int32(single))
     items = np.asarray(plan.items)[: int(plan.num_items[0])]
     assert len(items) <= len(plan.items)
     count = np.zeros((int(starts[-1]), heads), int)

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from jaxserve.async_engine import AsyncEngine
 from jaxserve.server.app import create_app
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.run import Server, bind
@@ -21,7 +22,7 @@ Serve = Callable[..., str]
 
 
 @contextmanager
-def served(engine: FakeEngine, config: ServerConfig) -> Iterator[str]:
+def served(engine: FakeEngine | AsyncEngine, config: ServerConfig) -> Iterator[str]:
     """The URL of a server over `engine`, that stops at the end."""
     ready = threading.Event()
     with bind(config) as sock:

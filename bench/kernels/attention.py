@@ -1,0 +1,373 @@
+"""Checks and times the GPU attention kernels on one device: PYTHONPATH=. python bench/kernels/attention.py [--only ...].
+
+Self-contained: random pools, no model. Each timing is a program of several layers, each layer's output the next one's queries,
+so that nothing overlaps and launches cost what they cost in a model. Prints tables; writes all figures as JSON to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, reference
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import plan_decode, plan_prefill
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
+
+BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
+
+
+def make_case(seed: int, queries: list[int], lens: list[int], *, tokens: int, n: int, k: int, h: int, page: int,
+              dtype: Any = BF16, max_len: int | None = None, window: int | None = None, sinks: bool = False) -> dict[str, Any]:  # fmt: skip
+    """A pool in random page order. Unused pages, slots past a row's end, and pages before its window hold NaN in `poisoned`."""
+    rng = np.random.default_rng(seed)
+    rows = len(lens)
+    counts = [-(-x // page) for x in lens]
+    width = -(-(max_len or max(lens)) // page)
+    total = sum(counts) + 3
+    order = rng.permutation(total)
+    table = np.full((rows, width), order[-1], np.int32)
+    used = np.zeros((total, page), bool)
+    at = 0
+    for b, c in enumerate(counts):
+        ids = order[at : at + c]
+        at += c
+        table[b, :c] = ids
+        slots = np.arange(c * page).reshape(c, page)
+        first = max(0, lens[b] - queries[b] + 1 - window) if window else 0
+        used[ids] = (slots < lens[b]) & (slots[:, -1:] >= first)
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    kq, kk, ks = jax.random.split(jax.random.key(seed), 3)
+
+    @jax.jit
+    def pool(key: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jax.random.normal(key, (total, page, 2 * k, h), BF16)
+        clean = jnp.where(used[:, :, None, None], x, 0).astype(dtype)
+        return clean, jnp.where(used[:, :, None, None], clean, jnp.asarray(jnp.nan, dtype))
+
+    clean, poisoned = pool(kk, jnp.asarray(used))
+    return {
+        "q": (1.5 * jax.random.normal(kq, (tokens, n, h))).astype(BF16), "clean": clean, "poisoned": poisoned,
+        "table": jnp.asarray(table), "starts": jnp.asarray(starts), "lens": jnp.asarray(lens, jnp.int32),
+        "single": jnp.int32(sum(q == 1 for q in queries)), "sinks": jax.random.normal(ks, (n,)) if sinks else None,
+    }  # fmt: skip
+
+
+def check(name: str, seed: int, queries: list[int], lens: list[int], *, tokens: int | None = None, n: int = 32, k: int = 8,
+          h: int = 128, page: int = 16, dtype: Any = BF16, window: int | None = None, softcap: float | None = None,
+          sinks: bool = False, max_len: int | None = None, decode_only: bool = False, repeats: int = 5) -> dict[str, Any]:  # fmt: skip
+    """Relative error (Frobenius) to the float32 reference, over poisoned pools; repeats must agree bit for bit."""
+    tokens = tokens or max(sum(queries), 1)
+    case = make_case(seed, queries, lens, tokens=tokens, n=n, k=k, h=h, page=page, dtype=dtype, max_len=max_len, window=window,
+                     sinks=sinks)  # fmt: skip
+    kw = {"scale": h**-0.5, "window": window, "softcap": softcap}
+    args = (case["table"], case["starts"], case["lens"], case["single"], case["sinks"])
+    f = functools.partial(mosaic_gpu.paged_attention, decode_only=decode_only, **kw)
+    runs = [np.asarray(f(case["q"], case["poisoned"], *args).astype(jnp.float32)) for _ in range(repeats)]
+    ref = jax.jit(functools.partial(reference.paged_attention, **kw))
+    want = np.array(ref(case["q"].astype(jnp.float32), case["clean"], *args))
+    used = int(sum(queries))
+    for b, length in enumerate(lens):
+        if length == 0:
+            want[int(case["starts"][b]) : int(case["starts"][b + 1])] = 0
+    norm = float(np.linalg.norm(want[:used])) or 1.0
+    error = float(np.linalg.norm(runs[0][:used] - want[:used])) / norm
+    same = all(np.array_equal(runs[0], r) for r in runs[1:])
+    finite = bool(np.isfinite(runs[0]).all())
+    ok = error < 4e-3 and same and finite
+    worst = ""
+    if not ok:
+        per = np.linalg.norm((runs[0][:used] - want[:used]).reshape(used, -1), axis=1)
+        worst = f"bad tokens {np.flatnonzero(~(per < 0.02 * norm / max(used, 1) ** 0.5))[:12].tolist()}"
+    return {"case": name, "ok": bool(ok), "error": error, "bit_equal": same, "finite": finite, "note": worst}
+
+
+def check_cases() -> list[Callable[[], dict[str, Any]]]:
+    rng = np.random.default_rng(0)
+
+    def lens(b: int, top: int) -> list[int]:
+        return rng.integers(1, top + 1, b).tolist()
+
+    edges = [1, 63, 64, 65, 0, 700, 511, 512, 513, 1500]
+    out: list[Callable[[], dict[str, Any]]] = []
+
+    def dec(name: str, ls: list[int], **kw: Any) -> None:
+        out.append(functools.partial(check, f"decode {name}", len(out), [1] * len(ls), ls, decode_only=True, **kw))
+
+    def mix(name: str, pairs: list[tuple[int, int]], **kw: Any) -> None:
+        out.append(functools.partial(check, f"mixed {name}", len(out), [p[0] for p in pairs], [p[0] + p[1] for p in pairs], **kw))
+
+    dec("32/8 edges", edges)
+    dec("32/8 B1 8192", [8191])
+    dec("32/8 B1 20000", [20000])
+    dec("32/8 B64", lens(64, 3000), max_len=4096)
+    dec("16/8 B256 page 32", lens(256, 900), n=16, page=32)
+    dec("8/8 B33 page 64", lens(33, 2000), n=8, page=64)
+    dec("28/4 page 128", lens(33, 1500), n=28, k=4, page=128)
+    dec("64/1", lens(33, 1500), n=64, k=1)
+    dec("14/2 h64", lens(9, 2000), n=14, k=2, h=64)
+    dec("12/12 h64", lens(9, 2000), n=12, k=12, h=64)
+    dec("64/8 h64 sinks window", lens(17, 2000), n=64, h=64, sinks=True, window=128)
+    dec("32/8 sinks", edges, sinks=True)
+    dec("32/8 window 1000", [*edges, 3000, 5000], window=1000)
+    dec("32/8 softcap", edges, softcap=5.0)
+    dec("16/8 h256", lens(9, 2000), n=16, h=256)
+    dec("16/8 h256 window softcap", lens(9, 3000), n=16, h=256, window=700, softcap=50.0)
+    dec("32/8 e4m3", edges, dtype=E4M3)
+    dec("32/8 e4m3 B64", lens(64, 2500), dtype=E4M3)
+    dec("16/8 h256 e4m3", lens(7, 1500), n=16, h=256, dtype=E4M3)
+    dec("14/2 h64 e4m3", lens(7, 1500), n=14, k=2, h=64, dtype=E4M3)
+    ragged = [(1, 300), (1, 0), (1, 777), (5, 0), (130, 0), (64, 100), (2, 500), (333, 37), (8, 1000)]
+    mix("ragged", ragged, tokens=600)
+    mix("whole prompts", [(512, 0), (300, 0), (128, 0)])
+    mix("one prompt", [(1000, 0)], tokens=1024)
+    mix("chunk", [(256, 1500), (256, 300)], page=64)
+    mix("unused rows", [*ragged[:6], (0, 0), (0, 0)], tokens=256)
+    mix("window", [*ragged, (200, 900)], tokens=800, window=100)
+    mix("window 1000", [(500, 700), (200, 2000)], window=1000)
+    mix("softcap", ragged, tokens=600, softcap=5.0)
+    mix("sinks", ragged, tokens=600, sinks=True)
+    mix("h64 64/8 sinks window", ragged, tokens=600, n=64, h=64, sinks=True, window=128)
+    mix("h64 14/2", ragged, tokens=600, n=14, k=2, h=64)
+    mix("h256", ragged, tokens=600, n=16, h=256)
+    mix("h256 window softcap", ragged, tokens=600, n=16, h=256, window=200, softcap=50.0)
+    mix("28/4 page 128", ragged, tokens=600, n=28, k=4, page=128)
+    mix("verify", [(1, 90), (4, 900), (8, 1234), (3, 10)], tokens=64)
+    return out
+
+
+def wall(f: Callable[..., Any], args: tuple[Any, ...], calls: int, reps: int = 5) -> float:
+    """Median seconds of a call, of `reps` runs of `calls` calls."""
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(reps):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = f(*args)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
+def device_us(f: Callable[..., Any], args: tuple[Any, ...], kernel: str, calls: int = 3) -> tuple[float, float]:
+    """Median duration of the kernels whose name contains `kernel`, and the sum of all others a call, from the profiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                result = f(*args)
+            jax.block_until_ready(result)
+        path = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        found, rest = [], 0.0
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if "/device:GPU" not in plane.name:
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    if kernel in event.name:
+                        found.append(event.duration_ns / 1e3)
+                    else:
+                        rest += event.duration_ns / 1e3
+    return statistics.median(found or [float("nan")]), rest / calls
+
+
+def copy_bandwidth() -> float:
+    x = jax.random.normal(jax.random.key(0), (1 << 30,), BF16)
+    return 2 * x.nbytes / wall(jax.jit(lambda x: x + 1), (x,), 10)
+
+
+@functools.cache
+def random_pool(pages: int, page: int, k: int, h: int, dtype: str) -> jax.Array:
+    return jax.jit(lambda key: jax.random.normal(key, (pages, page, 2 * k, h), BF16).astype(dtype))(jax.random.key(1))
+
+
+def layer_tables(layers: int, rows: int, width: int, pages: int) -> list[jax.Array]:
+    """Page tables of several layers over one pool: disjoint as far as it reaches, so that the L2 cache holds little."""
+    rng = np.random.default_rng(3)
+    ids = np.concatenate([rng.permutation(pages) for _ in range(-(-layers * rows * width // pages))])
+    return [jnp.asarray(ids[i * rows * width : (i + 1) * rows * width].reshape(rows, width), jnp.int32) for i in range(layers)]
+
+
+def time_decode(name: str, lens: list[int], *, n: int = 32, k: int = 8, h: int = 128, page: int = 16, dtype: Any = BF16,
+                layers: int | None = None, split: int | None = None, window: int | None = None, max_len: int | None = None,
+                config: Any = None, copy: float = 1.0) -> dict[str, Any]:  # fmt: skip
+    rows = len(lens)
+    width = -(-(max_len or max(lens)) // page)
+    seen = [min(x, window) if window else x for x in lens]
+    num_bytes = sum(seen) * 2 * k * h * jnp.dtype(dtype).itemsize
+    pages = max(2**31 // (page * 2 * k * h * jnp.dtype(dtype).itemsize), rows * width)
+    layers = layers or max(3, min(8, int(2e9 // num_bytes)))
+    pool = random_pool(pages, page, k, h, jnp.dtype(dtype).name)
+    tables = layer_tables(layers, rows, width, pages)
+
+    def steps(q: jax.Array, pool: jax.Array, tables: list[jax.Array], lens: jax.Array) -> jax.Array:
+        plan = plan_decode(lens, jnp.int32(rows), num_kv_heads=k, max_len=width * page, window=window, split=split)
+        layer = jax.jit(functools.partial(decode, scale=h**-0.5, config=config))  # lowered once
+        for table in tables:
+            q = layer(q, pool, table, plan)
+        return q
+
+    q = jax.random.normal(jax.random.key(0), (rows, n, h)).astype(BF16)
+    lens_array = jnp.asarray(lens, jnp.int32)
+    f, args = jax.jit(steps), (q, pool, tables, lens_array)
+    seconds = wall(f, args, 5) / layers
+    device, plan = device_us(f, args, "paged_decode")
+    return {
+        "case": name, "us": seconds * 1e6, "device_us": device, "gbps": num_bytes / device / 1e3,
+        "of_copy": num_bytes / device * 1e6 / copy, "kv_mb": num_bytes / 1e6, "layers": layers, "split": split, "plan_us": plan,
+    }  # fmt: skip
+
+
+def time_prefill(name: str, chunks: list[tuple[int, int]], *, n: int = 32, k: int = 8, h: int = 128, page: int = 16,
+                 layers: int = 4, window: int | None = None, softcap: float | None = None, config: Any = None) -> dict[str, Any]:  # fmt: skip
+    queries, lens = [c[0] for c in chunks], [c[0] + c[1] for c in chunks]
+    rows, tokens = len(chunks), sum(queries)
+    width = -(-max(lens) // page)
+    pages = max(2**30 // (page * 4 * k * h), rows * width)
+    pool = random_pool(pages, page, k, h, "bfloat16")
+    tables = layer_tables(layers, rows, width, pages)
+    starts = jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), jnp.int32)
+
+    def steps(q: jax.Array, pool: jax.Array, tables: list[jax.Array], starts: jax.Array, lens: jax.Array) -> jax.Array:
+        plan = plan_prefill(starts, lens, jnp.int32(0), num_tokens=tokens, num_heads=n, num_kv_heads=k, window=window)
+        layer = jax.jit(functools.partial(prefill, scale=h**-0.5, softcap=softcap, config=config))  # lowered once
+        for table in tables:
+            q = layer(q, pool, table, plan)
+        return q
+
+    pairs = 0
+    for new, prefix in chunks:
+        position = prefix + np.arange(new) + 1
+        pairs += int(np.minimum(position, window).sum() if window else position.sum())
+    flops = 4 * n * h * pairs
+    q = jax.random.normal(jax.random.key(0), (tokens, n, h)).astype(BF16)
+    f, args = jax.jit(steps), (q, pool, tables, starts, jnp.asarray(lens, jnp.int32))
+    seconds = wall(f, args, 5) / layers
+    device, plan = device_us(f, args, "paged_prefill")
+    return {"case": name, "us": seconds * 1e6, "device_us": device, "tflops": flops / device / 1e6, "plan_us": plan}
+
+
+def decode_times(copy: float) -> list[Callable[[], dict[str, Any]]]:
+    out = []
+
+    def add(name: str, lens: list[int], **kw: Any) -> None:
+        out.append(functools.partial(time_decode, name, lens, copy=copy, **kw))
+
+    for heads in (32, 16):
+        for b, length in [(1, 256), (1, 8192), (8, 256), (8, 2048), (8, 8192), (64, 256), (64, 4096), (256, 256), (256, 1024)]:
+            add(f"{heads}/8 B {b} x {length}", [length] * b, n=heads)
+    ragged = np.random.default_rng(5).integers(16, 4097, 128).tolist()
+    add("32/8 B 128 16..4096", ragged)
+    add("32/8 B 64 x 4096 page 64", [4096] * 64, page=64)
+    add("32/8 B 64 x 4096 of 8192", [4096] * 64, max_len=8192)
+    add("32/8 B 64 x 8192 window 1024", [8192] * 64, window=1024, layers=4)
+    add("64/8 h64 B 64 x 4096", [4096] * 64, n=64, h=64)
+    add("16/8 h256 B 64 x 2048", [2048] * 64, n=16, h=256)
+    add("32/8 B 64 x 4096 e4m3", [4096] * 64, dtype=E4M3)
+    add("32/8 B 256 x 256 e4m3", [256] * 256, dtype=E4M3)
+    return out
+
+
+def split_times(copy: float) -> list[Callable[[], dict[str, Any]]]:
+    out = []
+    for b, length in [(1, 2048), (1, 8192), (8, 2048), (8, 8192), (64, 4096), (256, 1024)]:
+        for split in (128, 256, 512, 1024):
+            if b * length / split <= 2048:
+                name = f"32/8 B {b} x {length} split {split}"
+                out.append(functools.partial(time_decode, name, [length] * b, split=split, copy=copy))
+    return out
+
+
+def prefill_times(_: float) -> list[Callable[[], dict[str, Any]]]:
+    out = []
+
+    def add(name: str, chunks: list[tuple[int, int]], **kw: Any) -> None:
+        out.append(functools.partial(time_prefill, name, chunks, **kw))
+
+    add("32/8 1 x 4096", [(4096, 0)])
+    add("32/8 4 x 4096", [(4096, 0)] * 4)
+    add("32/8 16 x 4096", [(4096, 0)] * 16)
+    add("32/8 16 x 4096 page 64", [(4096, 0)] * 16, page=64)
+    add("32/8 16 x 4096 page 128", [(4096, 0)] * 16, page=128)
+    add("32/8 4 x 1024", [(1024, 0)] * 4)
+    add("32/8 16 x 1024", [(1024, 0)] * 16)
+    add("32/8 8 x 512", [(512, 0)] * 8)
+    add("32/8 64 x 128", [(128, 0)] * 64)
+    add("32/8 1 x 16384", [(16384, 0)])
+    add("32/8 2048 after 14336", [(2048, 14336)])
+    add("32/8 512 after 7680", [(512, 7680)])
+    add("16/8 16 x 4096", [(4096, 0)] * 16, n=16)
+    add("64/8 h64 8 x 4096", [(4096, 0)] * 8, n=64, h=64)
+    add("16/8 h256 8 x 4096", [(4096, 0)] * 8, n=16, h=256)
+    add("32/8 4 x 4096 window 1024", [(4096, 0)] * 4, window=1024)
+    add("32/8 4 x 4096 softcap", [(4096, 0)] * 4, softcap=50.0)
+    add("32/8 16 x 4096 stages 3 block 64", [(4096, 0)] * 16, config=PrefillConfig(block=64, stages=4))
+    return out
+
+
+def show(result: dict[str, Any]) -> None:
+    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) if k == "case" else f"{k} {v}" for k, v in result.items()), flush=True)  # fmt: skip
+
+
+def attempt(f: Any) -> dict[str, Any]:
+    try:
+        return f()
+    except Exception as error:  # noqa: BLE001 - one failure must not lose the rest
+        if os.environ.get("TRACE"):
+            traceback.print_exc()
+        return {"case": str(f.args[0]), "ok": False, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def main() -> None:
+    sections = {"decode": decode_times, "prefill": prefill_times, "split": split_times}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", default=["checks", *sections])
+    parser.add_argument("--match", default="", help="only cases whose name has a match of this pattern")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder of kernels.json")
+    args = parser.parse_args()
+    begin = time.time()
+    figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    print(figures, flush=True)
+    path = pathlib.Path(args.out) / "kernels.json"
+    if "checks" in args.only:
+        cases = [c for c in check_cases() if re.search(args.match, c.args[0])]
+        with ThreadPoolExecutor(6) as pool:  # compiles side by side
+            figures["checks"] = list(pool.map(attempt, cases))
+        for r in figures["checks"]:
+            show(r)
+        print(f"checks: {sum(r['ok'] for r in figures['checks'])} of {len(cases)} ok, {time.time() - begin:.0f} s", flush=True)
+    copy = 1.0
+    for name in [s for s in sections if s in args.only]:
+        if copy == 1.0:
+            copy = copy_bandwidth()
+            figures["copy_gbps"] = copy / 1e9
+            print(f"copy {copy / 1e9:.0f} GB/s", flush=True)
+        figures[name] = []
+        for case in sections[name](copy):
+            if re.search(args.match, case.args[0]):
+                figures[name].append(attempt(case))
+                show(figures[name][-1])
+                path.write_text(json.dumps(figures, indent=1))
+        random_pool.cache_clear()
+    path.write_text(json.dumps(figures, indent=1))
+    print(f"{time.time() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Compiles the GPU attention kernels for an H100 on a machine without one, and prints what ptxas says of registers and spills.
+
+Needs `pip install 'jax[cuda13]'` and no GPU: PYTHONPATH=. python bench/kernels/compile.py [variant ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the CUDA plugin registers, and is never initialised
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 driver_version: "13.0.0"
+  kernel_mode_driver_version: "580.65.6" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.28.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 28 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+E4M3 = jnp.float8_e4m3fn
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "page64": {"page": 64},
+    "page128": {"page": 128},
+    "window": {"window": 1000},
+    "softcap": {"softcap": 50.0},
+    "sinks": {"sinks": True},
+    "gpt-oss": {"n": 64, "h": 64, "sinks": True, "window": 128},
+    "group7": {"n": 14, "k": 2, "h": 64},
+    "mha": {"n": 8},
+    "mqa": {"k": 1},
+    "h256": {"n": 16, "h": 256},
+    "gemma": {"n": 16, "h": 256, "window": 1000, "softcap": 50.0},
+    "e4m3": {"dtype": E4M3},
+    "e4m3 h64": {"n": 16, "h": 64, "dtype": E4M3},
+    "e4m3 h256": {"n": 16, "h": 256, "dtype": E4M3},
+}
+
+
+def build(sharding: Any, *, decode_only: bool, b: int = 64, n: int = 32, k: int = 8, h: int = 128, page: int = 16,
+          dtype: Any = jnp.bfloat16, sinks: bool = False, **options: Any) -> None:  # fmt: skip
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    args = [array((b if decode_only else 512, n, h), jnp.bfloat16), array((4096, page, 2 * k, h), dtype)]
+    args += [array((b, 4096 // page)), array((b + 1,)), array((b,)), array(())]
+    args += [array((n,), jnp.float32)] if sinks else []
+    f = functools.partial(mosaic_gpu.paged_attention, scale=h**-0.5, decode_only=decode_only, **options)
+    jax.jit(f).lower(*args).compile()
+
+
+def main() -> None:
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
+    sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+    for name in sys.argv[1:] or VARIANTS:
+        for decode_only in (True, False):
+            if not decode_only and VARIANTS[name].get("dtype") == E4M3:
+                continue  # prefill refuses 8-bit pages
+            begin = time.time()
+            print(f"== {name}, {'decode' if decode_only else 'mixed'}", flush=True)
+            build(sharding, decode_only=decode_only, **VARIANTS[name])
+            print(f"   {time.time() - begin:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
