@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams
     from jaxserve.config import EngineConfig
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput
@@ -26,11 +27,15 @@ _EXPORTS = {
     "Logprob": "outputs",
     "EngineConfig": "config",
     "AsyncEngine": "async_engine",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchOutput": "beam_search",
 }
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "Logprob",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from jaxserve.completion import Completion
 from jaxserve.errors import InvalidRequestError
-from jaxserve.outputs import FinishReason
+from jaxserve.outputs import FinishReason, RequestOutput
 from jaxserve.request import Request, RequestGroup, Status
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler
@@ -90,9 +90,20 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence] = field(default_factory=list)
 
 
+def beam_search_output(output: RequestOutput, params: BeamSearchParams, tokenizer: Tokenizer | None) -> BeamSearchOutput:
+    """The engine's output in the form that LLM.beam_search gives."""
+    sequences = []
+    for found in output.outputs:
+        tokens, cum_logprob = output.prompt_token_ids + found.token_ids, found.cumulative_logprob or 0.0
+        text = tokenizer.decode(tokens) if tokenizer is not None else ""
+        score = beam_score(cum_logprob, len(found.token_ids), params.length_penalty)
+        sequences.append(BeamSearchSequence(tokens, text, cum_logprob, score, found.finish_reason, found.stop_reason))
+    return BeamSearchOutput(sequences)
+
+
 def beam_score(cum_logprob: float, num_tokens: int, length_penalty: float) -> float:
     """What sequences of so many output tokens are ranked by."""
-    return cum_logprob / num_tokens**length_penalty
+    return float(cum_logprob / num_tokens**length_penalty)
 
 
 class Candidate(NamedTuple):

@@ -56,6 +56,15 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = option(None, "requests that run at once (16 on CPU, 256 elsewhere)")
     max_num_batched_tokens: int | None = option(None, "tokens of one step at most (512 on CPU, 8192 elsewhere)")
+    scheduling_policy: Literal["fcfs", "priority"] = option(
+        "fcfs", "fcfs: in order of arrival; priority: the smaller a request's `priority`, the sooner it runs"
+    )
+    max_num_queued_reqs: int | None = option(
+        None, "a server refuses requests (429) while it has so many, running or waiting, each of n samples counting n"
+    )
+    max_num_queued_tokens: int | None = option(
+        None, "a server refuses requests (429) while so many prompt tokens wait for their request's first output"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,7 @@ class ParallelConfig:
     """How the model is spread over devices."""
 
     tensor_parallel_size: int = option(1, "devices that share each layer")
+    data_parallel_size: int = option(1, "copies of the model, each on devices of its own, that share the requests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +106,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_positive(self.model, "max_model_len")
         _check_positive(self.cache, "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override")
-        _check_positive(self.scheduler, "max_num_seqs", "max_num_batched_tokens")
-        _check_positive(self.parallel, "tensor_parallel_size")
+        _check_positive(self.scheduler, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens")
+        _check_positive(self.parallel, "tensor_parallel_size", "data_parallel_size")
         if not 0 < self.cache.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1; got {self.cache.gpu_memory_utilization}")
         for part, f in option_fields():
@@ -133,7 +143,8 @@ class EngineConfig:
             raise ConfigError(
                 f"max_model_len is {max_model_len:,}, but the model's config says {model_max_len:,}. Lower --max-model-len."
             )
-        scheduler = SchedulerConfig(
+        scheduler = replace(
+            self.scheduler,
             max_num_seqs=self.scheduler.max_num_seqs or (16 if on_cpu else 256),
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens or (512 if on_cpu else 8192),
         )

@@ -215,8 +215,8 @@ class Engine:
         for i, row in enumerate(step.rows):
             request = row.request
             if row.target != NO_TARGET:
-                wanted = request.group.params.prompt_logprobs or 0
-                request.prompt_logprobs[row.position] = token_logprobs(results, i, row.target, wanted, text)
+                count = request.group.params.prompt_logprobs or 0
+                request.prompt_logprobs[row.position] = token_logprobs(results, i, row.target, count, text)
                 continue
             request.num_in_flight -= 1
             if not is_live(request):

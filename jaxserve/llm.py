@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import RequestOutput
@@ -101,6 +102,21 @@ class LLM:
             )
             work.append((ids, None, s))
         return self._run(work, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """Searches the likeliest completions of each prompt.
+
+        Returns:
+            One output for each prompt, in their order, with params.beam_width sequences, the best first.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError: nothing has been generated then.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        outputs = self._run([(*self._encode(p), params.sampling_params()) for p in prompts], use_tqdm)
+        return [beam_search_output(output, params, self.engine.tokenizer) for output in outputs]
 
     def _tokenizer(self, purpose: str) -> Any:
         if self.engine.tokenizer is None:

@@ -108,11 +108,6 @@ class Programs:
     def __len__(self) -> int:
         return len(self.forward) + len(self.sample) + len(self.others)
 
-    def temporary_bytes(self) -> int:
-        """The most device memory that a program needs besides its arguments and what it returns in their place."""
-        programs = [*self.forward.values(), *self.sample.values()]
-        return max(_temporary_bytes(program) for program in programs)
-
 
 @dataclass(frozen=True)
 class ProgramInputs:
@@ -195,6 +190,7 @@ def compile_programs(
     return Programs(forward, sample, others)
 
 
-def _temporary_bytes(program: jax.stages.Compiled) -> int:
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Device memory that a program needs besides its arguments and what it returns in their place."""
     memory = program.memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 
 from jaxserve.errors import InvalidRequestError
 
-
 _OF_BEAM_SEARCH = {"length_penalty", "early_stopping"}
 _NOT_IN_BEAM_SEARCH = {
     "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",

@@ -13,7 +13,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.interface import MODEL_AXIS, LogicalAxes
 
 ON_MODEL_AXIS = frozenset({"vocab", "heads", "kv_heads", "ffn", "experts"})
-"""Logical axes that tensor (and expert) parallelism cuts; the others are whole on every device."""
+"""Logical axes that tensor (and expert) parallelism cuts, where they divide; the others are whole on every device."""
 
 
 def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -38,9 +38,11 @@ class Shardings:
         self.replicated = NamedSharding(mesh, P())
         self.kv_pages = NamedSharding(mesh, P(None, None, MODEL_AXIS, None))
 
-    def of(self, axes: LogicalAxes) -> NamedSharding:
-        """The sharding of a parameter with these logical axes."""
-        return NamedSharding(self.mesh, P(*(MODEL_AXIS if axis in ON_MODEL_AXIS else None for axis in axes)))
+    def of(self, axes: LogicalAxes, shape: tuple[int, ...]) -> NamedSharding:
+        """The sharding of a parameter; an axis that does not divide by the devices is whole on each of them."""
+        size = self.mesh.size
+        parts = (MODEL_AXIS if a in ON_MODEL_AXIS and n % size == 0 else None for a, n in zip(axes, shape, strict=True))
+        return NamedSharding(self.mesh, P(*parts))
 
 
 def kv_repeat(num_kv_heads: int, tensor_parallel_size: int) -> int:

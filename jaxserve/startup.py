@@ -38,6 +38,7 @@ from jaxserve.programs import (
     choose_buckets,
     compile_programs,
     lower_forward,
+    temporary_bytes,
 )
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Limits, Scheduler
@@ -158,7 +159,7 @@ def _num_pages(build: _Build) -> int:
         raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
     inputs, shape = build.inputs(PAGES_MULTIPLE), build.buckets().shapes[0]
     program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
-    needed = Programs({shape: program}, {}).temporary_bytes() + _weight_bytes(build)
+    needed = temporary_bytes(program) + _weight_bytes(build)
     # The limit is what XLA may take, which is itself a share of the device's memory.
     usable = min(limit, limit / xla_memory_fraction() * cache.gpu_memory_utilization)
     pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE

@@ -27,9 +27,7 @@ def likeliest(results: StepResults, row: int, count: int) -> tuple[NDArray[np.in
     return ids, logprobs[ids]
 
 
-def token_logprobs(
-    results: StepResults, row: int, token: int, count: int, text: Callable[[int], str | None]
-) -> TokenLogprobs:
+def token_logprobs(results: StepResults, row: int, token: int, count: int, text: Callable[[int], str | None]) -> TokenLogprobs:
     """The entry of a token at its position, and those of the likeliest ones there; `count` as in `likeliest`."""
     ids, logprobs = likeliest(results, row, count)
     entries = {token: Logprob(float(results["logprob"][row]), int(results["rank"][row]), text(token))}

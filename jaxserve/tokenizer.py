@@ -12,7 +12,6 @@ import tokenizers
 from jaxserve import gguf_tokenizer
 from jaxserve.chat_template import ChatTemplate, encode
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.loading.gguf_file import open_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,6 +164,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
+    from jaxserve.models.loading.gguf_file import open_gguf  # not above: it brings jax, which no tokenizer needs
+
     parts = gguf_tokenizer.build_tokenizer(open_gguf(path).metadata, name=str(path))
     _quiet_transformers()
     from transformers import PreTrainedTokenizerFast

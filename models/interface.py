@@ -19,8 +19,8 @@ LogicalAxes = tuple[str | None, ...]
 embed: model width D. vocab: V. heads/kv_heads: N/K. ffn: F. experts: E. None: never sharded.
 """
 
-ShardingFor = Callable[[LogicalAxes], Sharding]
-"""Gives the sharding of an array from its logical axes; handed to the loaders, which know no mesh."""
+ShardingFor = Callable[[LogicalAxes, tuple[int, ...]], Sharding]
+"""Gives the sharding of an array from its logical axes and its shape; handed to the loaders, which know no mesh."""
 
 MODEL_AXIS = "model"  # the one mesh axis: tensor and expert parallelism
 

@@ -26,7 +26,6 @@ _HARMLESS = {
 # Unsupported fields may carry the value that turns them off.
 _OFF = {
     "best_of": 1, "suffix": "", "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
-    "use_beam_search": False,
 }  # fmt: skip
 
 
@@ -142,6 +141,9 @@ class SamplingFields(Fields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MAX_N)
+    use_beam_search: bool = False
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # SamplingParams that a request's fields give as they are
 _SAME_NAME = (
-    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
-    "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "skip_special_tokens",
-    "include_stop_str_in_output",
+    "n", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids",
+    "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 # What the server itself gives the chat template
 _TEMPLATE_OWN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "return_dict"}
@@ -106,6 +106,8 @@ class Serving:
         defaults = self.engine.default_sampling
         if asked is None:
             asked = min(room, body.default_max_tokens or defaults.get("max_tokens") or room)
+        if body.use_beam_search:
+            defaults = {}  # they say how to draw, and a search draws nothing
         given = {name: getattr(body, name) for name in _SAME_NAME}
         if isinstance(body, CompletionRequest):
             given["best_of"] = body.best_of if body.best_of != body.n else None  # else it could not be streamed

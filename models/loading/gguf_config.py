@@ -10,6 +10,7 @@ import numpy as np
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.layers.rope import inverse_frequencies
 from jaxserve.models.loading.gguf_file import GgufFile
+from jaxserve.models.loading.hf_config import check_depth
 from jaxserve.models.spec import Llama3Scaling, RopeSpec
 
 Config = dict[str, Any]
@@ -85,7 +86,11 @@ def config_from_gguf(file: GgufFile) -> Config:
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields(key, dim) != dim:
             raise ModelLoadError(f"GGUF metadata {arch}.{key}={fields(key)} is not supported; wanted the head's {dim}")
-    config |= own_fields(fields, file, config)
+    check_depth(config["num_hidden_layers"])
+    try:
+        config |= own_fields(fields, file, config)
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise ModelLoadError(f"the GGUF file's metadata does not make sense for {arch}: {e}") from e
     fields.refuse_unread()
     return config
 
@@ -129,9 +134,8 @@ def _qwen(fields: _Fields, file: GgufFile, config: Config) -> Config:
 
 
 def _gemma3(fields: _Fields, file: GgufFile, config: Config) -> Config:
-    period = fields("attention.sliding_window_pattern", _GEMMA3_PERIOD)
-    layers = range(config["num_hidden_layers"])
-    slides = period if isinstance(period, list) else [bool((layer + 1) % period) for layer in layers]
+    pattern = fields("attention.sliding_window_pattern", _GEMMA3_PERIOD)  # a period, or whether each layer slides
+    slides = pattern if isinstance(pattern, list) else [(i + 1) % pattern != 0 for i in range(config["num_hidden_layers"])]
     local = {"rope_type": "default", "rope_theta": fields("rope.freq_base_swa", 10000.0)}
     # Gemma's makers scale scores by the width per head in the 27B, else by head_dim.
     is_27b = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS

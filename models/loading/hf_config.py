@@ -33,7 +33,8 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
             f"the checkpoint is quantised ({str(raw['quantization_config'])[:80]}), which is not supported; "
             "use the unquantised one, or a GGUF file"
         )
-    _check_depth(raw)
+    text_config = raw.get("text_config")
+    check_depth((text_config if isinstance(text_config, Mapping) else raw).get("num_hidden_layers", 1))
     try:
         config = _make_config(architecture.model_type, raw)
         return architecture, config, architecture.spec(config)
@@ -43,11 +44,12 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
         raise ModelLoadError(f"the model's config does not make sense for {architecture.name}: {e}") from e
 
 
-def _check_depth(raw: Mapping[str, Any]) -> None:
-    text_config = raw.get("text_config")
-    layers = (text_config if isinstance(text_config, Mapping) else raw).get("num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= _MAX_LAYERS:
-        raise ModelLoadError(f"num_hidden_layers must be a number from 1 to {_MAX_LAYERS}; got {layers!r}. Check config.json.")
+def check_depth(num_layers: object) -> None:
+    """Refuses a number of layers that no model has, before anything is made for each of them."""
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= _MAX_LAYERS:
+        raise ModelLoadError(
+            f"the number of layers must be from 1 to {_MAX_LAYERS}; got {num_layers!r}. Check the model's config."
+        )
 
 
 def _make_config(model_type: str, raw: Mapping[str, Any]) -> HfConfig:

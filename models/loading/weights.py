@@ -49,7 +49,7 @@ def read_weights(
     jobs = list(_plan(model, source.architecture))
     _check(jobs, model, source)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(_load, job, source, sharding_for(job.parameter.axes)) for job in jobs]
+        futures = [pool.submit(_load, job, source, sharding_for) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
@@ -94,16 +94,16 @@ def _some(names: list[str]) -> str:
     return f"the tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
-def _load(job: _Job, source: ModelSource, sharding: Sharding) -> jax.Array:
+def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> jax.Array:
     shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
     tensors = [source.tensors[name].read for name in job.names]
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None, job.target.path  # jax asks for what this process's devices hold, and they hold a part of all
+        assert index is not None, job.target.path  # None is for a device that holds no part of the array; each of ours does
         bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
         return job.assembly.read(tensors, job.target, bounds).astype(dtype, copy=False)
 
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.make_array_from_callback(shape, sharding_for(job.parameter.axes, shape), read)
 
 
 def draw_weights(
@@ -111,10 +111,10 @@ def draw_weights(
 ) -> tuple[jax.Array, ...]:
     """Random weights, drawn where they will live: normal, of a size that keeps activations near 1, the same for a seed."""
     key = jax.random.key(seed)
-    shardings = {axes: sharding_for(axes) for axes in dict.fromkeys(model.logical_axes)}
     weights: list[jax.Array] = []
     for parameter in model.parameters:
-        draw = _drawer(parameter.abstract.shape, parameter.abstract.dtype, shardings[parameter.axes])
+        shape = parameter.abstract.shape
+        draw = _drawer(shape, parameter.abstract.dtype, sharding_for(parameter.axes, shape))
         weights.append(draw(key, np.uint32(zlib.crc32(parameter.path.encode())), parameter.mean, parameter.std))
         if on_progress:
             on_progress("weights", len(weights), len(model.parameters))

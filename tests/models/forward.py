@@ -20,7 +20,7 @@ PAGE_SIZE = 16
 Weights = tuple[jax.Array, ...]
 
 
-def one_device(axes: object) -> SingleDeviceSharding:
+def one_device(axes: object, shape: object) -> SingleDeviceSharding:
     """A ShardingFor without a mesh."""
     return SingleDeviceSharding(jax.devices()[0])
 

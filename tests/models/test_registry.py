@@ -106,7 +106,7 @@ def test_attention_bias_of_llama_reaches_every_projection() -> None:
         ("llama", {"hidden_size": "wide"}, "does not make sense for LlamaForCausalLM.*hidden_size"),
         ("llama", {"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
         ("mistral", {"sliding_window": -5}, "window must be at least 1; got -5"),
-        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be a number from 1 to 1000; got 1000000000"),
+        ("llama", {"num_hidden_layers": 10**9}, "number of layers must be from 1 to 1000; got 1000000000"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "mistral with layer_types"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types|num_hidden_layers"),

@@ -103,6 +103,31 @@ def test_refuses(fields: dict[str, Any], tensors: dict[str, np.ndarray], message
 
 
 @pytest.mark.parametrize(
+    "pattern, slides",
+    [(None, [True] * 5 + [False, True]), (2, [True, False] * 3 + [True]), ([True, False, True, True, True, True, False], None)],
+)
+def test_gemma3_sliding_layers(pattern: Any, slides: list[bool] | None, tmp_path: Path) -> None:
+    fields = {"{arch}.attention.sliding_window_pattern": pattern}
+    source = open_source(str(write_gguf(tmp_path / "m.gguf", "gemma3_text", fields=fields)))
+    assert [layer.mixer.window is not None for layer in source.spec.layers] == (slides or pattern)
+
+
+def test_gemma3_score_scale_is_by_size(tmp_path: Path) -> None:
+    """Converters do not write it: the 27B, with its 62 layers, has another than the rest."""
+    for layers, wanted in ((7, 32), (62, 64 // 4)):
+        fields = {"{arch}.attention.scale": None, "{arch}.block_count": layers}
+        source = open_source(str(write_gguf(tmp_path / "m.gguf", "gemma3_text", fields=fields)), "dummy")
+        assert source.spec.layers[0].mixer.scale == pytest.approx(wanted**-0.5)
+
+
+def test_refuses_metadata_that_makes_no_sense(tmp_path: Path) -> None:
+    for name, value in (("attention.sliding_window_pattern", 0), ("attention.scale", "x"), ("block_count", 2**31)):
+        path = write_gguf(tmp_path / "m.gguf", "gemma3_text", fields={f"{{arch}}.{name}": value})
+        with pytest.raises(ModelLoadError, match="does not make sense|number of layers"):
+            open_source(str(path))
+
+
+@pytest.mark.parametrize(
     "tensors, message",
     [
         ({"blk.0.extra.weight": np.ones(3, np.float32)}, "holds the tensor blk.0.extra.weight"),
