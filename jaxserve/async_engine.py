@@ -8,14 +8,17 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxserve.admission import Admission
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
-from jaxserve.errors import EngineDeadError
+from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestError
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
 from jaxserve.programs import Progress
+from jaxserve.replicas import Replicas
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.startup import build_engine
 
@@ -62,11 +65,12 @@ class AsyncEngine:
     Requests and aborts reach the thread between two steps, through a queue of calls.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Replicas) -> None:
         self.engine = engine
-        self._calls: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # guards what follows
+        self._admission = Admission(engine.config.scheduler)
         self._streams: dict[str, RequestStream] = {}
+        self._calls: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._dead: str | None = None
@@ -119,38 +123,54 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         prompt: str | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Queues a prompt. Must be called on an event loop, where the stream's outputs then arrive.
 
+        Args:
+            priority: the smaller, the sooner it runs, under scheduling_policy "priority".
+
         Raises:
             InvalidRequestError, PromptTooLongError: at once.
+            QueueFullError: max_num_queued_reqs or max_num_queued_tokens is reached.
             EngineDeadError: the engine has stopped.
         """
-        if not self.is_healthy:
-            raise EngineDeadError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}. Restart the server.")
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        self.engine.check(request_id, prompt_token_ids, params)
+        self.engine.check(request_id, prompt_token_ids, params, priority)
         stream = RequestStream(request_id, asyncio.get_running_loop(), self._abort)
-        self._streams[request_id] = stream
-        self._call(lambda: self._add(request_id, prompt_token_ids, params, prompt))
+
+        def add() -> None:
+            if request_id not in self._streams:
+                return  # aborted before it began
+            try:
+                self.engine.add_request(prompt_token_ids, params, request_id=request_id, prompt=prompt, priority=priority)
+            except Exception as error:  # one request's trouble must not end the others
+                log.exception("request %s cannot be taken in", request_id)
+                text = str(error) if isinstance(error, RequestError) else "internal error; the log has the details"
+                self._deliver([RequestOutput(request_id, prompt, prompt_token_ids, finished=True, error=text)])
+
+        with self._wake:
+            if not self.is_healthy:
+                raise EngineDeadError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}. Restart the server.")
+            if request_id in self._streams:
+                raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
+            self._admission.enter(request_id, params.num_samples, len(prompt_token_ids))
+            self._streams[request_id] = stream
+            self._calls.append(add)
+            self._wake.notify()
         return stream
+
+    def _abort(self, request_id: str) -> None:
+        with self._wake:
+            self._admission.leave(request_id)
+            if self._streams.pop(request_id, None) is not None:
+                self._calls.append(lambda: self.engine.abort(request_id))
+                self._wake.notify()
 
     # On the engine's thread
 
-    def _call(self, function: Callable[[], None]) -> None:
-        with self._wake:
-            self._calls.append(function)
-            self._wake.notify()
-
-    def _add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None) -> None:
-        if request_id in self._streams:  # else aborted before it began
-            self.engine.add_request(prompt_token_ids, params, request_id=request_id, prompt=prompt)
-
-    def _abort(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._call(lambda: self.engine.abort(request_id))
-
     def _run(self) -> None:
+        reason = "the engine is shut down"
         try:
             while self._wait_for_work():
                 while self._calls:
@@ -159,12 +179,9 @@ class AsyncEngine:
                     self._deliver(self.engine.step())
         except BaseException as error:
             log.exception("the engine has stopped")
-            self._dead = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
         finally:
-            reason = self._dead or "the engine is shut down"
-            while self._calls:
-                self._calls.popleft()()
-            self._deliver(self.engine.fail_all(reason))
+            self._end(reason)
 
     def _wait_for_work(self) -> bool:
         """Sleeps until there is something to do; False when it is time to stop."""
@@ -172,17 +189,32 @@ class AsyncEngine:
             self._wake.wait_for(lambda: self._stopping or self._calls or self.engine.has_work)
             return not self._stopping
 
+    def _end(self, reason: str) -> None:
+        """Refuses requests from now on, and ends every stream: with what the engine has of it, or with nothing."""
+        with self._wake:
+            self._dead = reason
+            self._calls.clear()
+        try:
+            self._deliver(self.engine.fail_all(reason))
+        except Exception:
+            log.exception("the engine cannot say what its requests have got")
+        self._deliver([RequestOutput(name, None, [], finished=True, error=reason) for name in list(self._streams)])
+
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Hands outputs to their streams, with one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, output))
-            if output.finished:
-                self._streams.pop(output.request_id, None)
+        with self._wake:
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
+                    by_loop.setdefault(stream.loop, []).append((stream, output))
+                if output.finished:
+                    self._streams.pop(output.request_id, None)
+                    self._admission.leave(output.request_id)
+            for request_id in self.engine.answered:
+                self._admission.answer(request_id)
         for loop, items in by_loop.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_put_all, items)
 
 

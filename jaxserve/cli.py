@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | chat | generate`. Imports what a command needs only when it runs."""
+"""The command line: `jaxserve serve | chat | generate | compile`. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from jaxserve import __version__
 from jaxserve.cli_flags import Fields, add_flags, read_options
 from jaxserve.config import EngineConfig, option_fields
-from jaxserve.errors import ConfigError, JaxserveError
-from jaxserve.server.config import ServerConfig
+from jaxserve.errors import ConfigError, EngineDeadError, JaxserveError
+from jaxserve.server.config import MIB, ServerConfig
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
     from jaxserve.metrics import Observer
+    from jaxserve.programs import ProgramReport
 
 ENGINE_OPTIONS: Fields = {f.name: f for _, f in option_fields()}
 SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
@@ -36,13 +37,13 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 2 after an error that the user can mend."""
+    """Runs a command and returns its exit status: 2 after an error that the user can mend, 1 when the engine has died."""
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
     except JaxserveError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, EngineDeadError) else 2
     except KeyboardInterrupt:
         return 130
     return 0
@@ -66,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; standard input if not given")
     _add_sampling_flags(generate, "16")
     _add_engine_flags(generate)
+
+    compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
+    _add_engine_flags(compile_)
     return parser
 
 
@@ -116,7 +120,7 @@ def run_serve(args: argparse.Namespace) -> None:
         metrics = EngineMetrics(config.model.served_model_name or config.model.model)
         engine = _load(config, metrics)
         app = create_app(engine, server_config, metrics=metrics)
-        run(app, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
+        run(app, engine, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -131,20 +135,35 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    options = read_options(args, ENGINE_OPTIONS)
-    config = _engine_config(options)
+    config = _engine_config(read_options(args, ENGINE_OPTIONS))
     prompts = args.prompt or [_read_prompt()]
-    print(f"loading {config.model.model}", file=sys.stderr)
     from jaxserve import LLM
     from jaxserve.cli_chat import printable
+    from jaxserve.startup import build_engine
 
-    with LLM(**options) as llm:
+    with _progress() as on_progress:
+        engine = build_engine(config, on_progress=on_progress)
+    with LLM.from_engine(engine) as llm:
         params = llm.get_default_sampling_params().with_(**_sampling(args))
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         text = output.outputs[0].text
         shown = f"> {prompt}\n{text}\n" if len(prompts) > 1 else text
         print(printable(shown) if sys.stdout.isatty() else shown)
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    if config.compile.cache_path is None:
+        raise ConfigError(
+            "compile fills the compile cache, and compilation_cache_dir turns it off; name a folder, or leave it out"
+        )
+    from jaxserve.startup import compile_model
+
+    started_s = time.monotonic()
+    with _progress() as on_progress:
+        reports = compile_model(config, on_progress=on_progress)
+    _print_reports(reports, time.monotonic() - started_s)
 
 
 # Their parts
@@ -184,6 +203,20 @@ def _load(config: EngineConfig, observer: Observer | None = None) -> AsyncEngine
     for name, text in description.items():
         print(f"{name:<{width}}  {text}")
     return engine
+
+
+def _print_reports(reports: Sequence[ProgramReport], seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("program", show_edge=False)
+    for name in ("seconds", "temporary MiB", "argument MiB"):
+        table.add_column(name, justify="right")
+    for report in sorted(reports, key=lambda report: -report.seconds):
+        sizes = [f"{size / MIB:,.1f}" for size in (report.temp_bytes, report.argument_bytes)]
+        table.add_row(report.name, f"{report.seconds:.2f}", *sizes)
+    Console().print(table)
+    print(f"{len(reports)} programs in {seconds:.1f} s")
 
 
 @contextmanager

@@ -19,6 +19,8 @@ class Completion:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         params = request.group.params
         self.request = request
+        self._params = params
+        self._stop_ids = request.group.stop_ids
         self._detokenizer = Detokenizer(tokenizer, params) if tokenizer is not None and params.detokenize else None
         self._num_given = 0  # tokens that DELTA outputs have carried
         self._changed = True
@@ -30,16 +32,15 @@ class Completion:
         self._changed = True
         if logprobs is not None and request.logprobs is not None:
             request.logprobs.append(logprobs)
-        params = request.group.params
-        at_stop_id = token_id in request.group.stop_ids and request.num_output_tokens > params.min_tokens
-        if self._detokenizer is not None and (not at_stop_id or params.include_stop_str_in_output):
-            matched = self._detokenizer.append([token_id])
-            if matched is not None and request.num_output_tokens >= params.min_tokens:
+        at_stop_id = token_id in self._stop_ids and request.num_output_tokens > self._params.min_tokens
+        if self._detokenizer is not None and (not at_stop_id or self._params.include_stop_str_in_output):
+            matched = self._detokenizer.append((token_id,))
+            if matched is not None:
                 self.end("stop", matched)
                 return
         if at_stop_id:
-            self.end("stop", token_id if token_id in params.stop_token_ids else None)
-        elif request.num_output_tokens >= request.group.max_output_tokens:
+            self.end("stop", token_id if token_id in self._params.stop_token_ids else None)
+        elif len(request.token_ids) >= request.max_num_tokens:
             self.end("length")
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -165,7 +165,7 @@ class EngineConfig:
 
 def xla_memory_fraction() -> float:
     """The share of a device's memory that XLA may take; fixed before jax starts, by the CLI or the user."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
 
 
 def option_fields() -> Iterator[tuple[str, Field[Any]]]:

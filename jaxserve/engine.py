@@ -17,12 +17,13 @@ from jaxserve.beam_search import BeamSearch
 from jaxserve.completion import Completion, group_output, is_live
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
-from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
-from jaxserve.outputs import FinishReason, RequestOutput
+from jaxserve.metrics import Observer
+from jaxserve.outputs import RequestOutput
 from jaxserve.plan import NO_TARGET
+from jaxserve.reporter import Reporter
 from jaxserve.request import Request, RequestGroup
 from jaxserve.runner import InFlight, Runner
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_results import likeliest, token_logprobs
 
@@ -40,6 +41,7 @@ class Engine:
     Attributes:
         config: resolved: nothing is None that the engine needs.
         default_sampling: the model's own sampling defaults.
+        answered: ids of the requests whose first token came with the last `collect`.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.default_sampling = default_sampling or {}
         self.description = description or {}
-        self.observer = observer
+        self.answered: list[str] = []
+        self._reporter = Reporter(observer)
         self._groups: dict[str, RequestGroup] = {}
         self._completions: dict[Request, Completion] = {}
+        self._before: InFlight | None = None  # the step before the one in flight, while it is not collected
         self._in_flight: InFlight | None = None
         self._failures = 0
         self._order = itertools.count()
@@ -79,7 +83,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._groups) or self._in_flight is not None
+        return bool(self._groups) or self._in_flight is not None or self._before is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `collect` would not wait for the device."""
+        return self._before is None or self._before.is_ready
 
     def add_request(
         self,
@@ -97,11 +106,11 @@ class Engine:
             The request's id.
 
         Raises:
-            InvalidRequestError: a parameter or token id is out of range.
+            InvalidRequestError: a parameter or token id is out of range, or priorities are not in use.
             PromptTooLongError: the prompt leaves no room for an output token.
         """
         request_id = f"request-{next(self._names)}" if request_id is None else request_id
-        self.check(request_id, prompt_token_ids, params)
+        self.check(request_id, prompt_token_ids, params, priority)
         room = self.max_model_len - len(prompt_token_ids)
         group = RequestGroup(
             request_id=request_id,
@@ -145,14 +154,31 @@ class Engine:
         Raises:
             EngineDeadError: steps failed repeatedly; the cause is chained.
         """
+        self.dispatch()
+        return self.collect()
+
+    def dispatch(self) -> None:
+        """The first half of a step: sends it on its way, if no more than one is under way."""
+        if self._before is not None:
+            return
         try:
-            before, self._in_flight = self._in_flight, None
+            self._before, self._in_flight = self._in_flight, None
             plan = self.scheduler.schedule()
             if plan is not None:
                 self._in_flight = self.runner.dispatch(plan)
                 self._record_scheduled(self._in_flight)
-            outputs = self._take_in(before) if before is not None else []
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it is chained when the engine gives up
+            self._recover(error)
+
+    def collect(self) -> list[RequestOutput]:
+        """The second half of a step: waits for the step before the one that was dispatched last, and takes in its results."""
+        self.answered = []
+        before, self._before = self._before, None
+        if before is None:
+            return []
+        try:
+            outputs = self._take_in(before)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is chained when the engine gives up
             self._recover(error)
             return []
         self._failures = 0
@@ -162,14 +188,14 @@ class Engine:
         """Drops all requests and frees the device memory."""
         for request_id in list(self._groups):
             self.abort(request_id)
-        self._in_flight = None
+        self._before = self._in_flight = None
         self.runner.shutdown()
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books of requests, slots and pages disagree."""
         self.scheduler.check_integrity()
 
-    def check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
         """Raises the RequestError that `add_request` would; reads nothing that steps change but the names in use."""
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
@@ -188,13 +214,19 @@ class Engine:
             "logit_bias": list(params.logit_bias or ()),
         }
         for name, ids in given.items():
-            if not (0 <= min(ids, default=0) and max(ids, default=0) < self.vocab_size):
+            if min(ids, default=0) < 0 or max(ids, default=0) >= self.vocab_size:
                 wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
                 raise InvalidRequestError(
                     f"{name} holds token id {wrong}; the vocabulary has ids 0 to {self.vocab_size - 1}", param=name
                 )
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer; use stop_token_ids", param="stop")
+        for name, instead in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
+            if getattr(params, name) and self.tokenizer is None:
+                raise InvalidRequestError(f"{name} needs a tokenizer, and none is loaded; use {instead}", param=name)
+        if priority and self.config.scheduler.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                f"priority is {priority}, but requests run in order of arrival; leave it out, or set scheduling_policy to 'priority'",
+                param="priority",
+            )
 
     def _record_scheduled(self, step: InFlight) -> None:
         now = time.monotonic()
@@ -222,24 +254,34 @@ class Engine:
             if not is_live(request):
                 continue
             num_sampled += 1
-            changed[request.group.request_id] = request.group
+            group = request.group
             self._record_token(request, now)
-            if (beams := request.group.beams) is not None:
+            if (beams := group.beams) is not None:
+                changed[group.request_id] = group
                 for ended in beams.take(request, *likeliest(results, i, beams.num_candidates)):
                     self._finish(ended)
                 continue
-            wanted = request.group.params.logprobs
+            wanted = group.params.logprobs
             logprobs = None if wanted is None else token_logprobs(results, i, tokens[i], wanted, text)
             if "logprob" in results:
                 request.cumulative_logprob += float(results["logprob"][i])
             self._completions[request].append(tokens[i], logprobs)
             self._after_token(request)
+            if request.finish_reason is not None or group.params.output_kind is not OutputKind.FINAL_ONLY:
+                changed[group.request_id] = group
         outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
         for group in changed.values():
             if group.finished:
                 self._forget(group)
-        self._record_step(step, num_sampled)
+        self._reporter.on_step(step.plan, self.scheduler, num_sampled)
         return outputs
+
+    def _record_token(self, request: Request, now: float) -> None:
+        self._reporter.on_token(request, now)
+        if request.first_token_s is None:
+            request.first_token_s = now
+            self.answered.append(request.group.request_id)
+        request.last_token_s = now
 
     def _after_token(self, request: Request) -> None:
         if request.finish_reason is not None:
@@ -256,8 +298,7 @@ class Engine:
         """The token sequences that spell each bad word, at the start of a text and after a space."""
         if not params.bad_words:
             return ()
-        if self.tokenizer is None:
-            raise InvalidRequestError("bad_words need a tokenizer; use logit_bias", param="bad_words")
+        assert self.tokenizer is not None, "check has seen to it"
         words = [w for word in params.bad_words for w in (word.lstrip(), " " + word.lstrip())]
         ids = [tuple(self.tokenizer.encode(word, add_special_tokens=False)) for word in words]
         return tuple(dict.fromkeys(word for word in ids if word))
@@ -265,8 +306,7 @@ class Engine:
     def _finish(self, request: Request) -> None:
         self.scheduler.record_computed_pages(request)
         self.scheduler.finish(request)
-        if self.observer is not None:
-            self.observer.on_finished(_finished_stats(request, time.monotonic()))
+        self._reporter.on_finished(request)
 
     def _forget(self, group: RequestGroup) -> None:
         del self._groups[group.request_id]
@@ -279,7 +319,7 @@ class Engine:
         if self._failures > MAX_FAILURES:
             raise EngineDeadError(f"{self._failures} steps failed in a row; the last: {error}") from error
         log.exception("a step failed; its requests are computed again")
-        self._in_flight = None
+        self._before = self._in_flight = None
         self.scheduler.reset()
         self.runner.reset()
 
@@ -295,52 +335,3 @@ class Engine:
             outputs += [output] if output is not None else []
             self._forget(group)
         return outputs
-
-    # Reports
-
-    def _record_token(self, request: Request, now: float) -> None:
-        is_first = request.first_token_s is None
-        since = request.group.arrival_s if request.last_token_s is None else request.last_token_s
-        if is_first:
-            request.first_token_s = now
-        request.last_token_s = now
-        if self.observer is not None:
-            self.observer.on_tokens(TokenStats(is_first, now - since))
-
-    def _record_step(self, step: InFlight, num_sampled: int) -> None:
-        if self.observer is None:
-            return
-        scheduler, cache = self.scheduler, self.scheduler.prefix_cache
-        stats = StepStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            kv_usage=scheduler.pool.num_held / scheduler.pool.num_pages,
-            num_prompt_tokens=sum(row.num_tokens for row in step.plan.rows if row.start < row.request.num_prompt_tokens),
-            num_generation_tokens=num_sampled,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_queries=cache.queries if cache is not None else 0,
-            prefix_hits=cache.hits if cache is not None else 0,
-        )
-        scheduler.num_preemptions = 0
-        if cache is not None:
-            cache.queries = cache.hits = 0
-        self.observer.on_step(stats)
-
-
-def _finished_stats(request: Request, now: float) -> FinishedStats:
-    group, reason = request.group, request.finish_reason
-    scheduled = request.scheduled_s or now
-    first = request.first_token_s or now
-    ended: FinishReason = "abort" if reason is None else reason
-    return FinishedStats(
-        finish_reason=ended,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_generation_tokens=request.num_output_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        max_tokens=group.params.max_tokens,
-        n=group.params.n,
-        e2e_s=now - group.arrival_s,
-        queue_s=scheduled - group.arrival_s,
-        prefill_s=first - scheduled,
-        decode_s=now - first,
-    )

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
 from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import RequestOutput
+from jaxserve.replicas import Replicas
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.startup import build_engine
 
@@ -40,7 +42,17 @@ class LLM:
             ConfigError: an option is unknown or cannot work.
             ModelLoadError: the model cannot be loaded.
         """
-        self.engine = build_engine(EngineConfig.from_options(model=model, **options))
+        self._use(build_engine(EngineConfig.from_options(model=model, **options)))
+
+    @classmethod
+    def from_engine(cls, engine: Engine | Replicas) -> Self:
+        """An LLM over an engine that is ready, which it takes over."""
+        llm = cls.__new__(cls)
+        llm._use(engine)
+        return llm
+
+    def _use(self, engine: Engine | Replicas) -> None:
+        self.engine = engine
         self._names = itertools.count()
 
     def __enter__(self) -> Self:
@@ -62,6 +74,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt.
@@ -69,6 +82,7 @@ class LLM:
         Args:
             prompts: one prompt, or several, which then run together.
             sampling_params: for all prompts, or one for each; the model's defaults if not given.
+            priority: one for each prompt; the smaller, the sooner it runs. Needs scheduling_policy="priority".
             use_tqdm: show a progress bar.
 
         Returns:
@@ -79,7 +93,7 @@ class LLM:
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params(sampling_params, len(prompts))
-        return self._run([(*self._encode(p), s) for p, s in zip(prompts, params, strict=True)], use_tqdm)
+        return self._run([(*self._encode(p), s) for p, s in zip(prompts, params, strict=True)], use_tqdm, priority)
 
     def chat(
         self,
@@ -94,7 +108,7 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         params = self._params(sampling_params, len(conversations))
         tokenizer = self._tokenizer("chat")
-        work = []
+        work: list[tuple[list[int], str | None, SamplingParams]] = []
         for conversation, s in zip(conversations, params, strict=True):
             plain: list[dict[str, Any]] = [dict(m) for m in conversation]  # type: ignore[arg-type]
             ids = tokenizer.apply_chat_template(
@@ -139,12 +153,20 @@ class LLM:
             raise InvalidRequestError(f"{count} prompts need 1 or {count} sampling_params; got {len(params)}")
         return [p.with_(output_kind=OutputKind.FINAL_ONLY) for p in params]
 
-    def _run(self, work: list[tuple[list[int], str | None, SamplingParams]], show_progress: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        work: list[tuple[list[int], str | None, SamplingParams]],
+        show_progress: bool,
+        priorities: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        priorities = [0] * len(work) if priorities is None else priorities
+        if len(priorities) != len(work):
+            raise InvalidRequestError(f"{len(work)} prompts need {len(work)} priorities; got {len(priorities)}", param="priority")
         ids: list[str] = []
         try:
-            for token_ids, text, params in work:
+            for (token_ids, text, params), priority in zip(work, priorities, strict=True):
                 name = f"llm-{next(self._names)}"
-                ids.append(self.engine.add_request(token_ids, params, request_id=name, prompt=text))
+                ids.append(self.engine.add_request(token_ids, params, request_id=name, prompt=text, priority=priority))
             outputs = self._drive(len(ids), show_progress)
         except BaseException:
             for request_id in ids:

@@ -72,9 +72,10 @@ class PlanShape:
 class PlanBuffer:
     """A plan being written on the host: named views into one int32 array."""
 
-    def __init__(self, shape: PlanShape, num_slots: int) -> None:
+    def __init__(self, shape: PlanShape, num_slots: int, size: int | None = None) -> None:
+        """size: of the packed array, where it is longer than the plan."""
         self.shape = shape
-        self.packed: NDArray[np.int32] = np.zeros(shape.size, np.int32)
+        self.packed: NDArray[np.int32] = np.zeros(size or shape.size, np.int32)
         view = {n: self.packed[o : o + math.prod(s)].reshape(s) for n, (o, s) in shape.sections.items()}
         self.num_single_rows = view["num_single_rows"]
         self.token_ids = view["token_ids"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -42,20 +43,27 @@ class Buckets:
     def max_num_seqs(self) -> int:
         return self.decode[-1]
 
+    @cache
     def decode_shape(self, num_rows: int) -> PlanShape:
         """The plan of a decode program: at most one new page a request."""
         return PlanShape(num_rows, num_rows, _at_least(self.samples, num_rows), num_rows)
 
+    @cache
     def mixed_shape(self, num_tokens: int) -> PlanShape:
         """The plan of a mixed program: new pages for its tokens, and one whole table for a prefix hit."""
         updates = self.max_num_seqs + num_tokens // self.page_size + self.pages_per_slot
         return PlanShape(num_tokens, self.max_num_seqs, self.max_num_seqs, updates)
 
-    @property
+    @cached_property
     def shapes(self) -> list[PlanShape]:
         """Every forward program's plan, the largest first."""
         mixed = [self.mixed_shape(n) for n in reversed(self.tokens)]
         return mixed + [self.decode_shape(n) for n in reversed(self.decode)]
+
+    @cached_property
+    def plan_size(self) -> int:
+        """Length of a packed plan: all programs read from one buffer."""
+        return max(shape.size for shape in self.shapes)
 
     def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
         """The smallest plan that holds a step."""
@@ -73,12 +81,12 @@ class Buckets:
 def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
     """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
     smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
-    decode = _geometric(max_num_seqs, 1, 4)
-    few = decode[0] if platform == "cpu" or len(decode) == 1 else decode[-2]
+    # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
+    decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
     return Buckets(
         decode=decode,
         tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
-        samples=tuple(sorted({few, max_num_seqs})),
+        samples=tuple(sorted({decode[0], decode[-2] if platform != "cpu" and len(decode) > 2 else decode[0], max_num_seqs})),
         pages_per_slot=pages_per_slot,
         page_size=page_size,
     )
@@ -98,12 +106,23 @@ def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
 
 
 @dataclass(frozen=True)
+class ProgramReport:
+    """What it took to compile a program, and the bytes that it needs on each device."""
+
+    name: str
+    seconds: float
+    temp_bytes: int
+    argument_bytes: int
+
+
+@dataclass(frozen=True)
 class Programs:
     """The compiled programs, by what chooses them."""
 
     forward: Mapping[PlanShape, jax.stages.Compiled]
     sample: Mapping[tuple[int, Mode], jax.stages.Compiled]
     others: Mapping[str, jax.stages.Compiled]
+    reports: tuple[ProgramReport, ...] = ()
 
     def __len__(self) -> int:
         return len(self.forward) + len(self.sample) + len(self.others)
@@ -117,8 +136,20 @@ class ProgramInputs:
     state: step.DeviceState
     num_slots: int
     vocab_size: int
-    page_size: int
+    buckets: Buckets
     shardings: Shardings
+
+    @property
+    def last_tokens(self) -> jax.ShapeDtypeStruct:
+        return self.array((self.num_slots,))
+
+    @property
+    def packed(self) -> jax.ShapeDtypeStruct:
+        return self.array((self.buckets.plan_size,))
+
+    def results(self, num_samples: int) -> step.ForwardResults:
+        logits = self.array((num_samples, self.vocab_size), jnp.float32)
+        return step.ForwardResults(logits, self.array((num_samples, SAMPLE_FIELDS)))
 
     @property
     def shaping(self) -> shaping.Shaping:
@@ -130,19 +161,25 @@ class ProgramInputs:
 
 def lower_forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> jax.stages.Lowered:
     """One forward program, traced and lowered; the state is donated."""
-    function = partial(step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=inputs.page_size)
-    replicated = inputs.shardings.replicated
-    state_shardings = jax.tree.map(lambda x: x.sharding, inputs.state)
-    jitted = jax.jit(function, donate_argnums=1, out_shardings=(state_shardings, replicated, replicated))
-    return jitted.lower(inputs.weights, inputs.state, inputs.array((inputs.num_slots,)), inputs.array((shape.size,)))
+    page_size = inputs.buckets.page_size
+    function = partial(step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=page_size)
+    results = inputs.results(shape.num_samples)
+    shardings = jax.tree.map(lambda x: x.sharding, (inputs.state, results))
+    jitted = jax.jit(function, donate_argnums=(1, 4), out_shardings=shardings, keep_unused=True)
+    return jitted.lower(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed, results)
 
 
 def lower_sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> jax.stages.Lowered:
     """One sample program, traced and lowered; what it keeps by slot is donated."""
-    jitted = jax.jit(partial(step.sample, mode=mode), donate_argnums=(2, 3), out_shardings=inputs.shardings.replicated)
-    logits = inputs.array((num_samples, inputs.vocab_size), jnp.float32)
+    jitted = jax.jit(partial(step.sample, mode=mode), donate_argnums=(1, 2), out_shardings=inputs.shardings.replicated)
     state = inputs.shaping if mode.needs_shaping else None
-    return jitted.lower(logits, inputs.array((num_samples, SAMPLE_FIELDS)), inputs.array((inputs.num_slots,)), state)
+    return jitted.lower(inputs.results(num_samples), inputs.last_tokens, state)
+
+
+def lower_stage(inputs: ProgramInputs) -> jax.stages.Lowered:
+    """Puts a plan where the device programs expect it."""
+    jitted = jax.jit(step.stage, donate_argnums=1, out_shardings=inputs.shardings.replicated)
+    return jitted.lower(inputs.packed, inputs.packed)
 
 
 def lower_set_shaping(inputs: ProgramInputs) -> jax.stages.Lowered:
@@ -159,8 +196,16 @@ def lower_copy_pages(inputs: ProgramInputs) -> jax.stages.Lowered:
     return jitted.lower(inputs.state.caches, ids, ids)
 
 
+def lower_reset(inputs: ProgramInputs) -> jax.stages.Lowered:
+    """Makes all that stays on the device between steps: pool and page tables, last tokens, shaping, plan, results by size."""
+    results = {n: inputs.results(n) for n in inputs.buckets.samples}
+    state = (inputs.state, inputs.last_tokens, inputs.shaping, inputs.packed, results)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state), out_shardings=shardings)
+    return jitted.lower()
+
+
 def compile_programs(
-    buckets: Buckets,
     inputs: ProgramInputs,
     apply_model: step.ApplyModel,
     runtime: Runtime,
@@ -171,23 +216,36 @@ def compile_programs(
     forward: dict[PlanShape, jax.stages.Compiled] = {}
     sample: dict[tuple[int, Mode], jax.stages.Compiled] = {}
     others: dict[str, jax.stages.Compiled] = {}
-    work: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
-    for shape in buckets.shapes:
-        work.append((forward, shape, partial(lower_forward, shape, inputs, apply_model, runtime)))
-    for num_samples in buckets.samples:
+    work: list[tuple[dict[Any, jax.stages.Compiled], Any, str, Callable[[], jax.stages.Lowered]]] = []
+    for shape in inputs.buckets.shapes:
+        name = f"decode {shape.num_rows}" if shape.num_tokens == shape.num_rows else f"forward {shape.num_tokens}"
+        work.append((forward, shape, name, partial(lower_forward, shape, inputs, apply_model, runtime)))
+    for num_samples in inputs.buckets.samples:
         for mode in Mode:
-            work.append((sample, (num_samples, mode), partial(lower_sample, num_samples, mode, inputs)))
-    work.append((others, "set_shaping", partial(lower_set_shaping, inputs)))
-    work.append((others, "copy_pages", partial(lower_copy_pages, inputs)))
+            name = f"sample {num_samples} {mode.value}"
+            work.append((sample, (num_samples, mode), name, partial(lower_sample, num_samples, mode, inputs)))
+    for lower in (lower_stage, lower_set_shaping, lower_copy_pages, lower_reset):
+        name = lower.__name__.removeprefix("lower_")
+        work.append((others, name, name, partial(lower, inputs)))
 
+    reports = []
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(lambda lower: lower().compile(), lower): (target, name) for target, name, lower in work}
+        jobs = {pool.submit(_compile, name, lower): (target, key) for target, key, name, lower in work}
         for done, job in enumerate(as_completed(jobs), start=1):
-            target, name = jobs[job]
-            target[name] = job.result()
+            target, key = jobs[job]
+            target[key], report = job.result()
+            reports.append(report)
             if on_progress is not None:
                 on_progress("compile", done, len(jobs))
-    return Programs(forward, sample, others)
+    return Programs(forward, sample, others, tuple(reports))
+
+
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, ProgramReport]:
+    started_s = time.monotonic()
+    program = lower().compile()
+    seconds, memory = time.monotonic() - started_s, program.memory_analysis()
+    sizes = (0, 0) if memory is None else (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
+    return program, ProgramReport(name, seconds, *sizes)
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -92,7 +92,9 @@ class Request:
         order: sorts waiting and running requests; smaller goes first and is preempted last.
         num_passed: how often a later request was admitted past this one.
         is_placed: whether a planned step has given its sampling parameters to its slot.
+        shares_pages: whether it has forked, so that a page it writes may be another's too.
         bans: token ids that must not come next.
+        needs_host: the host must see each token before the next is sampled (beams; bans that depend on the text so far).
         is_held: the host has the results of its last token, and has yet to choose the next one.
     """
 
@@ -103,12 +105,14 @@ class Request:
         self.status = Status.WAITING
         self.token_ids = list(group.prompt_token_ids)
         self.num_prompt_tokens = len(group.prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + group.max_output_tokens
         self.num_in_flight = 0
         self.num_computed = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_passed = 0
         self.is_placed = False
+        self.shares_pages = False
         self.is_held = False
         self.slot = -1
         self.pages: list[int] = []
@@ -126,6 +130,7 @@ class Request:
         self.sample_fields = sample_fields(group, seed)
         self.mode_rank = MODES.index(sampling_mode(group.params, bool(self.sample_fields[SHAPED])))
         self.bans = group.banned_next(())
+        self.needs_host = group.beams is not None or any(len(word) > 1 for word in group.bad_word_ids)
 
     @property
     def wants_all_logprobs(self) -> bool:
@@ -138,11 +143,6 @@ class Request:
     def has_logprobs(self) -> bool:
         """Whether its tokens' log probabilities are computed."""
         return MODES[self.mode_rank] is Mode.LOGPROBS
-
-    @property
-    def needs_host(self) -> bool:
-        """Whether the host must see each token before the next is sampled (beams; bans that depend on the text so far)."""
-        return self.group.beams is not None or any(len(word) > 1 for word in self.group.bad_word_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -161,11 +161,10 @@ class Request:
     @property
     def num_to_compute(self) -> int:
         """Tokens that a step could compute now; 0 when the last allowed one is already sampled."""
-        if self.is_held or self.num_tokens - self.num_prompt_tokens >= self.group.max_output_tokens:
+        num_tokens = len(self.token_ids) + self.num_in_flight
+        if num_tokens >= self.max_num_tokens or self.is_held or (self.needs_host and self.num_in_flight):
             return 0
-        if self.num_in_flight and self.needs_host:
-            return 0
-        return self.num_tokens - self.num_computed
+        return num_tokens - self.num_computed
 
     def shaping_row(self, vocab_size: int) -> Shaping:
         """What the sampler must know of the request's tokens, biases and bans."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jaxserve.models.interface import CacheSpec
 from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
 from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SHAPED, SLOT, TARGET, PlanBuffer
-from jaxserve.programs import Buckets, ProgramInputs, Programs
+from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
@@ -49,37 +49,40 @@ class InFlight:
     rows: list[SampleRow]
     outputs: dict[str, jax.Array]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the results are there."""
+        return all(output.is_ready() for output in self.outputs.values())  # type: ignore[attr-defined]  # jax's stub lacks it
+
 
 class Runner:
     """Runs steps, strictly in order, on one mesh."""
 
-    def __init__(self, weights: Weights, programs: Programs, buckets: Buckets, inputs: ProgramInputs) -> None:
+    def __init__(self, weights: Weights, programs: Programs, inputs: ProgramInputs) -> None:
         self.programs = programs
-        self.buckets = buckets
+        self.buckets = inputs.buckets
         self._inputs = inputs
         self._weights = weights
         self._sample_fields = np.zeros((inputs.num_slots, SAMPLE_FIELDS), np.int32)
-        state = (inputs.state, inputs.array((inputs.num_slots,)), inputs.shaping)
-        self._zeros = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
-            out_shardings=jax.tree.map(lambda x: x.sharding, state),
-        )
         self.reset()
 
     def reset(self) -> None:
         """A fresh state: a step that raised has lost the donated one."""
-        self._state, self._last_tokens, self._shaping = self._zeros()
+        fresh = self.programs.others["reset"]()
+        self._state, self._last_tokens, self._shaping, self._packed, self._results = fresh
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Sends one step on its way; returns before the device has run it."""
         if plan.page_copies:
             self._copy_pages(plan.page_copies)
         shape = self.buckets.choose(len(plan.rows), plan.num_tokens, plan.num_samples, plan.num_page_updates)
-        buffer = PlanBuffer(shape, self._inputs.num_slots)
+        buffer = PlanBuffer(shape, self._inputs.num_slots, self.buckets.plan_size)
         rows = self._pack(plan, buffer)
-        packed = self._send(buffer.packed)
-        self._state, logits, samples = self.programs.forward[shape](self._weights, self._state, self._last_tokens, packed)
-        return InFlight(plan, rows, self._sample(shape.num_samples, rows, logits, samples) if rows else {})
+        self._packed = self.programs.others["stage"](buffer.packed, self._packed)
+        self._state, self._results[shape.num_samples] = self.programs.forward[shape](
+            self._weights, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
+        )
+        return InFlight(plan, rows, self._sample(shape.num_samples, rows) if rows else {})
 
     @staticmethod
     def collect(step: InFlight) -> dict[str, NDArray[Any]]:
@@ -94,18 +97,18 @@ class Runner:
 
     def shutdown(self) -> None:
         """Frees the device memory."""
-        for array in jax.tree.leaves((self._weights, self._state, self._last_tokens, self._shaping)):
+        for array in jax.tree.leaves((self._weights, self._state, self._last_tokens, self._shaping, self._packed, self._results)):
             array.delete()
         self._weights = ()
 
     def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
         return jax.device_put(array, self._inputs.shardings.replicated)
 
-    def _sample(self, num_samples: int, rows: list[SampleRow], logits: jax.Array, samples: jax.Array) -> dict[str, jax.Array]:
+    def _sample(self, num_samples: int, rows: list[SampleRow]) -> dict[str, jax.Array]:
         mode = MODES[max(row.request.mode_rank for row in rows)]
         program = self.programs.sample[num_samples, mode]
         shaping = self._shaping if mode.needs_shaping else None
-        self._last_tokens, shaping, outputs = program(logits, samples, self._last_tokens, shaping)
+        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
         if not any(row.request.wants_all_logprobs for row in rows):
             outputs.pop("all_logprobs", None)
@@ -130,42 +133,47 @@ class Runner:
     def _pack(self, plan: StepPlan, buffer: PlanBuffer) -> list[SampleRow]:
         """Writes the plan into the buffer; returns whose the sampled rows are, in order."""
         rows: list[SampleRow] = []
-        at, update = 0, 0
-        for i, row in enumerate(plan.rows):
-            request, end = row.request, row.start + row.num_tokens
+        token_ids: list[int] = []
+        logit_rows: list[int] = []
+        page_index: list[int] = []
+        page_id: list[int] = []
+        for row in plan.rows:
+            request, start, end = row.request, row.start, row.start + row.num_tokens
             for placed in row.placed:
                 self._place(placed)
-            buffer.row_slot[i] = request.slot
-            buffer.row_position[i] = row.start
-            buffer.row_tokens[i] = row.num_tokens
-            if row.start >= len(request.token_ids):
-                buffer.token_ids[at] = ON_DEVICE
-            else:
-                buffer.token_ids[at : at + row.num_tokens] = request.token_ids[row.start : end]
-            new_pages = request.pages[row.new_pages :]
-            if new_pages:
-                index = request.slot * self.buckets.pages_per_slot + row.new_pages
-                buffer.page_index[update : update + len(new_pages)] = range(index, index + len(new_pages))
-                buffer.page_id[update : update + len(new_pages)] = new_pages
-                update += len(new_pages)
+            at = len(token_ids)
+            token_ids += request.token_ids[start:end] or (ON_DEVICE,)
+            if row.new_pages < len(request.pages):
+                first = request.slot * self.buckets.pages_per_slot
+                page_index += range(first + row.new_pages, first + len(request.pages))
+                page_id += request.pages[row.new_pages :]
             for offset in range(row.num_targets):
-                buffer.logit_rows[len(rows)] = at + offset
-                position = row.start + offset + 1
+                logit_rows.append(at + offset)
+                position = start + offset + 1
                 rows.append(SampleRow(request, position, request.token_ids[position]))
-            at += row.num_tokens
             for sampled in row.samples:
-                buffer.logit_rows[len(rows)] = at - 1
+                logit_rows.append(len(token_ids) - 1)
                 rows.append(SampleRow(sampled, end))
-        buffer.num_single_rows[0] = sum(row.num_tokens == 1 for row in plan.rows)
+        count = len(plan.rows)
+        buffer.token_ids[: len(token_ids)] = token_ids
+        buffer.row_slot[:count] = [row.request.slot for row in plan.rows]
+        buffer.row_position[:count] = [row.start for row in plan.rows]
+        buffer.row_tokens[:count] = [row.num_tokens for row in plan.rows]
+        buffer.num_single_rows[0] = int((buffer.row_tokens == 1).sum())
+        buffer.page_index[: len(page_index)] = page_index
+        buffer.page_id[: len(page_id)] = page_id
+        buffer.logit_rows[: len(rows)] = logit_rows
         if rows:
-            samples = buffer.samples[: len(rows)]
-            samples[:] = self._sample_fields[[row.request.slot for row in rows]]
-            samples[:, POSITION] = [row.position for row in rows]
-            if any(row.num_targets for row in plan.rows):
-                targets = np.array([row.target for row in rows])
-                samples[:, TARGET] = targets
-                samples[targets != NO_TARGET, SLOT] = self._inputs.num_slots  # these rows sample nothing
+            self._pack_samples(rows, buffer)
         return rows
+
+    def _pack_samples(self, rows: list[SampleRow], buffer: PlanBuffer) -> None:
+        samples = buffer.samples[: len(rows)]
+        samples[:] = self._sample_fields[[row.request.slot for row in rows]]
+        samples[:, POSITION] = [row.position for row in rows]
+        targets = np.array([row.target for row in rows], np.int32)
+        samples[:, TARGET] = targets
+        samples[targets != NO_TARGET, SLOT] = self._inputs.num_slots  # these rows sample nothing
 
 
 def abstract_state(

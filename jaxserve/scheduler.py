@@ -84,10 +84,10 @@ class Scheduler:
     def _plan(self) -> StepPlan:
         plan = StepPlan()
         preemptions = self.num_preemptions
-        singles = [r for r in self.running if r.num_to_compute == 1]
-        chunks = [r for r in self.running if r.num_to_compute > 1]
-        for i, request in enumerate(singles + chunks):
-            self._continue(request, plan, num_behind=len(singles) + len(chunks) - i - 1)
+        wanted = [(r.num_to_compute, r) for r in self.running]
+        order = [r for n, r in wanted if n == 1] + [r for n, r in wanted if n > 1]
+        for num_behind, request in zip(range(len(order) - 1, -1, -1), order, strict=True):
+            self._continue(request, plan, num_behind)
         if self.num_preemptions == preemptions:
             self._admit(plan)
         return plan
@@ -151,12 +151,15 @@ class Scheduler:
 
     @staticmethod
     def _wants_prompt_logprobs(request: Request) -> bool:
-        asked = request.group.params.prompt_logprobs is not None and request.index == 0
-        return asked and request.num_computed < request.num_prompt_tokens - 1
+        if request.num_computed >= request.num_prompt_tokens - 1:
+            return False
+        return request.group.params.prompt_logprobs is not None and request.index == 0
 
     def _reserve(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Gets the pages for so many tokens, all or none; a shared page that will be written is replaced by a copy."""
         missing = -(-num_tokens // self.page_size) - len(request.pages)
+        if missing <= 0 and not request.shares_pages:
+            return True
         index, offset = divmod(request.num_computed, self.page_size)
         copies = offset > 0 and self.pool.holders(request.pages[index]) > 1
         if max(missing, 0) + copies > self.pool.num_free:
@@ -208,7 +211,7 @@ class Scheduler:
         request.num_pages_sent = request.num_pages_cached = request.num_computed = 0
         self._free_slots.append(request.slot)
         request.slot = -1
-        request.is_placed = False
+        request.is_placed = request.shares_pages = False
 
     def _add_row(self, request: Request, num_tokens: int, plan: StepPlan, num_behind: int = 0) -> None:
         start = request.num_computed
@@ -226,7 +229,8 @@ class Scheduler:
         request.num_pages_sent = len(request.pages)
         if request.num_computed == request.num_tokens:
             self._add_sample(request, row, plan)
-            self._fork_group(row, plan, num_behind)
+            if request.group.unforked:
+                self._fork_group(row, plan, num_behind)
 
     @staticmethod
     def _place(request: Request, row: PlanRow) -> None:
@@ -245,6 +249,7 @@ class Scheduler:
         """Starts a child that shares all of a running parent's pages; needs a free slot."""
         for page in parent.pages:
             self.pool.share(page)
+        parent.shares_pages = child.shares_pages = True
         child.pages = list(parent.pages)
         child.num_computed = parent.num_computed
         child.num_cached_tokens = parent.num_cached_tokens

@@ -30,6 +30,22 @@ def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = 
     return Mesh(np.array(devices[:tensor_parallel_size]), (MODEL_AXIS,))
 
 
+def make_meshes(tensor_parallel_size: int, data_parallel_size: int) -> list[Mesh]:
+    """A mesh for each replica, on devices of its own.
+
+    Raises:
+        ConfigError: there are fewer devices.
+    """
+    devices = jax.devices()
+    if data_parallel_size > 1 and len(devices) < tensor_parallel_size * data_parallel_size:
+        raise ConfigError(
+            f"data_parallel_size={data_parallel_size} times tensor_parallel_size={tensor_parallel_size} is more than the "
+            f"{len(devices)} devices there are. Lower one of them, or add devices."
+        )
+    starts = range(0, tensor_parallel_size * data_parallel_size, tensor_parallel_size)
+    return [make_mesh(tensor_parallel_size, devices[start : start + tensor_parallel_size]) for start in starts]
+
+
 class Shardings:
     """Every sharding that the engine uses on one mesh."""
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.engine import Engine
@@ -26,13 +27,13 @@ from jaxserve.models.loading import (
     open_source,
     resolve_dtype,
 )
-
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import (
     Buckets,
     ProgramInputs,
+    ProgramReport,
     Programs,
     Progress,
     choose_buckets,
@@ -40,9 +41,13 @@ from jaxserve.programs import (
     lower_forward,
     temporary_bytes,
 )
+from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Limits, Scheduler
-from jaxserve.sharding import Shardings, kv_repeat, make_mesh
+from jaxserve.sharding import Shardings, kv_repeat, make_meshes
+
+if TYPE_CHECKING:
+    from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class _Build:
     runtime: Runtime
     shardings: Shardings
     dtype: jnp.dtype
+    num_pages: int = PAGES_MULTIPLE  # provisional, until what else needs memory is known
 
     @property
     def page_size(self) -> int:
@@ -80,20 +86,25 @@ class _Build:
             self.runtime.platform, limits.max_num_seqs, limits.max_num_batched_tokens, self.pages_per_slot, self.page_size
         )
 
-    def inputs(self, num_pages: int) -> ProgramInputs:
+    def inputs(self) -> ProgramInputs:
         assert self.config.scheduler.max_num_seqs is not None
         slots = self.config.scheduler.max_num_seqs
         state = abstract_state(
-            self.model.cache_specs, num_pages, self.page_size, slots, self.pages_per_slot, self.dtype, self.shardings
+            self.model.cache_specs, self.num_pages, self.page_size, slots, self.pages_per_slot, self.dtype, self.shardings
         )
         weights = tuple(
-            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes))
+            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
             for w, axes in zip(self.model.abstract, self.model.logical_axes, strict=True)
         )
-        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.page_size, self.shardings)
+        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings)
+
+    def compile(self, on_progress: Progress | None) -> Programs:
+        return compile_programs(self.inputs(), self.model.apply, self.runtime, on_progress)
 
 
-def build_engine(config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None) -> Engine:
+def build_engine(
+    config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
+) -> Engine | Replicas:
     """Loads the model, compiles every program and returns an engine that is ready.
 
     Raises:
@@ -102,46 +113,82 @@ def build_engine(config: EngineConfig, *, observer: Observer | None = None, on_p
     """
     _use_compile_cache(config)
     source = open_source(config.model.model, config.model.load_format)
-    build = _describe(config, source)
-    num_pages = _num_pages(build)
-    build = replace(build, config=_fit_model_len(build, num_pages, asked=config.model.max_model_len))
-    buckets, inputs = build.buckets(), build.inputs(num_pages)
+    tokenizer = _load_tokenizer(config, source)
+    meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
+    engines = [
+        _build_replica(_plan(config, source, mesh), source, tokenizer, replica_observer, _of_replica(on_progress, i, len(meshes)))
+        for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
+    ]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) -> list[ProgramReport]:
+    """Compiles every program that build_engine would, into the compile cache, without reading a weight.
+
+    Raises:
+        ConfigError, ModelLoadError: as build_engine.
+    """
+    _use_compile_cache(config)
+    source = open_source(config.model.model, config.model.load_format)
+    meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
+    reports: list[ProgramReport] = []
+    for i, mesh in enumerate(meshes):
+        reports += _plan(config, source, mesh).compile(_of_replica(on_progress, i, len(meshes))).reports
+    return reports
+
+
+def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
+    """What to build on a mesh, the number of pages included."""
+    build = _describe(config, source, mesh)
+    build = replace(build, num_pages=_num_pages(build))
+    return replace(build, config=_fit_model_len(build, asked=config.model.max_model_len))
+
+
+def _build_replica(
+    build: _Build,
+    source: ModelSource,
+    tokenizer: Tokenizer | None,
+    observer: Observer | None,
+    on_progress: Progress | None,
+) -> Engine:
+    seed, sharding_for = build.config.model.seed, build.shardings.of
     with ThreadPoolExecutor(1) as loader:
-        loading = loader.submit(
-            load_weights, source, build.model, sharding_for=build.shardings.of, seed=config.model.seed, on_progress=on_progress
-        )
-        programs = compile_programs(buckets, inputs, build.model.apply, build.runtime, on_progress)
+        loading = loader.submit(load_weights, source, build.model, sharding_for=sharding_for, seed=seed, on_progress=on_progress)
+        programs = build.compile(on_progress)
         weights = loading.result()
-    runner = Runner(weights, programs, buckets, inputs)
-    tokenizer, eos = _tokenizer(config, source)
     return Engine(
         build.config,
-        _scheduler(build, buckets, num_pages),
-        runner,
+        _scheduler(build),
+        Runner(weights, programs, build.inputs()),
         tokenizer,
         vocab_size=build.model.vocab_size,
-        eos_token_ids=eos,
+        eos_token_ids=_eos_token_ids(source, tokenizer),
         default_sampling=_default_sampling(build.config, source),
-        description=_summary(build, num_pages, programs),
+        description=_summary(build, programs),
         observer=observer,
     )
 
 
+def _of_replica(on_progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Reports each replica's stages under names of their own."""
+    if on_progress is None or count == 1:
+        return on_progress
+    return lambda stage, done, total: on_progress(f"{stage} {index + 1}/{count}", done, total)
+
+
 def _use_compile_cache(config: EngineConfig) -> None:
     path = config.compile.cache_path
-    if path is None or jax.config.jax_compilation_cache_dir:
-        return  # the program we live in has chosen already
+    if path is None or (jax.config.jax_compilation_cache_dir and config.compile.compilation_cache_dir is None):
+        return  # the program that we live in has chosen already, or JAX_COMPILATION_CACHE_DIR has
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _describe(config: EngineConfig, source: ModelSource) -> _Build:
-    mesh = make_mesh(config.parallel.tensor_parallel_size)
+def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
     platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
     dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
-    repeat = lambda heads: kv_repeat(heads, config.parallel.tensor_parallel_size)  # noqa: E731
-    model = describe_model(source, dtype=dtype, kv_repeat=repeat)
+    model = describe_model(source, dtype=dtype, kv_repeat=lambda heads: kv_repeat(heads, mesh.size))
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     return _Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
@@ -157,7 +204,7 @@ def _num_pages(build: _Build) -> int:
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     if not limit:
         raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
-    inputs, shape = build.inputs(PAGES_MULTIPLE), build.buckets().shapes[0]
+    inputs, shape = build.inputs(), build.buckets().shapes[0]
     program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
     needed = temporary_bytes(program) + _weight_bytes(build)
     # The limit is what XLA may take, which is itself a share of the device's memory.
@@ -172,8 +219,7 @@ def _num_pages(build: _Build) -> int:
 
 
 def _weight_bytes(build: _Build) -> int:
-    inputs = build.inputs(1)
-    return sum(w.dtype.itemsize * _local_size(w) for w in inputs.weights)
+    return sum(w.dtype.itemsize * _local_size(w) for w in build.inputs().weights)
 
 
 def _local_size(array: jax.ShapeDtypeStruct) -> int:
@@ -184,9 +230,9 @@ def _local_size(array: jax.ShapeDtypeStruct) -> int:
     return size
 
 
-def _fit_model_len(build: _Build, num_pages: int, asked: int | None) -> EngineConfig:
+def _fit_model_len(build: _Build, asked: int | None) -> EngineConfig:
     """A request of the full length must fit the pool alone, else it could never end."""
-    model, holds = build.config.model, num_pages * build.page_size
+    model, holds = build.config.model, build.num_pages * build.page_size
     assert model.max_model_len is not None
     if holds >= model.max_model_len:
         return build.config
@@ -198,29 +244,31 @@ def _fit_model_len(build: _Build, num_pages: int, asked: int | None) -> EngineCo
     return replace(build.config, model=replace(model, max_model_len=holds))
 
 
-def _scheduler(build: _Build, buckets: Buckets, num_pages: int) -> Scheduler:
+def _scheduler(build: _Build) -> Scheduler:
+    buckets = build.buckets()
     limits = Limits(
         max_num_seqs=buckets.max_num_seqs,
         max_num_batched_tokens=buckets.tokens[-1],
         max_page_updates=buckets.mixed_shape(buckets.tokens[-1]).num_page_updates,
     )
-    pool = PagePool(num_pages)
+    pool = PagePool(build.num_pages)
     cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching else None
     return Scheduler(limits, pool, build.page_size, cache)
 
 
-def _tokenizer(config: EngineConfig, source: ModelSource) -> tuple[Any, frozenset[int]]:
-    """The tokenizer, and every id that ends a text."""
-    declared = source.generation_config.get("eos_token_id")
-    eos = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer | None:
     if config.model.skip_tokenizer_init or (source.kind == "dummy" and config.model.tokenizer is None):
-        return None, frozenset(eos)
+        return None
     from jaxserve.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model.tokenizer or source.path)
-    if tokenizer.eos_token_id is not None:
-        eos.add(tokenizer.eos_token_id)
-    return tokenizer, frozenset(eos)
+    return load_tokenizer(config.model.tokenizer or source.path)
+
+
+def _eos_token_ids(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every id that ends a text."""
+    declared = source.generation_config.get("eos_token_id")
+    ids = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    return frozenset(ids | ({tokenizer.eos_token_id} if tokenizer and tokenizer.eos_token_id is not None else set()))
 
 
 def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, Any]:
@@ -231,18 +279,18 @@ def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, An
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _summary(build: _Build, num_pages: int, programs: Programs) -> dict[str, str]:
+def _summary(build: _Build, programs: Programs) -> dict[str, str]:
     """What start-up prints."""
     config, mesh = build.config, build.shardings.mesh
-    tokens = num_pages * build.page_size
+    tokens = build.num_pages * build.page_size
     assert config.model.max_model_len is not None
     return {
         "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
         "dtype": build.dtype.name,
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
-        "KV pool": f"{num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "
-        f"{num_pages * build.page_bytes / GIB:.2f} GiB a device",
+        "KV pool": f"{build.num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "
+        f"{build.num_pages * build.page_bytes / GIB:.2f} GiB a device",
         "max concurrency": f"{config.scheduler.max_num_seqs} requests; {tokens / config.model.max_model_len:.1f} "
         f"of the full {config.model.max_model_len:,} tokens",
         "programs": str(len(programs)),

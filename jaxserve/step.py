@@ -35,33 +35,51 @@ class DeviceState:
     page_tables: Int[Array, "slots pages"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardResults:
+    """What `forward` leaves for `sample`: logits of the plan's logit_rows, and the plan's sample rows."""
+
+    logits: Float[Array, "S V"]
+    samples: Int[Array, "S fields"]
+
+
 def forward(
     weights: Weights,
     state: DeviceState,
     last_tokens: Int[Array, " slots"],
     packed: Int[Array, " size"],
+    before: ForwardResults | None = None,
     *,
     apply_model: ApplyModel,
     runtime: Runtime,
     shape: PlanShape,
     page_size: int,
-) -> tuple[DeviceState, Float[Array, "S V"], Int[Array, "S fields"]]:
+) -> tuple[DeviceState, ForwardResults]:
     """Runs the model on the plan's tokens; their keys and values are in the pool afterwards.
 
+    Args:
+        packed: the plan's buffer, at least shape.size long.
+        before: earlier results, only to be donated: the new ones then take their place. A CUDA graph is replayed as it was
+            recorded only while every address stays; updating one costs as much as launching its kernels one by one.
+
     Returns:
-        The new state (the old one may be donated), the logits of the plan's logit_rows, and the plan's sample rows,
-        passed on so that `sample` depends on S alone.
+        The new state (the old one may be donated), and what `sample` needs, so that it depends on S alone.
     """
     plan = unpack(packed, shape)
     page_tables = apply_page_updates(state.page_tables, plan)
     batch = step_batch(plan, page_tables, last_tokens, page_size)
     logits, caches = apply_model(weights, batch, state.caches, runtime)
-    return DeviceState(caches, page_tables), logits, plan.samples
+    return DeviceState(caches, page_tables), ForwardResults(logits, plan.samples)
+
+
+def stage(packed: Int[Array, " size"], before: Int[Array, " size"]) -> Int[Array, " size"]:
+    """Moves a plan that has just arrived to where the plan before it was (donated): see `forward` on addresses."""
+    return packed + (before & 0)
 
 
 def sample(
-    logits: Float[Array, "S V"],
-    samples: Int[Array, "S fields"],
+    results: ForwardResults,
     last_tokens: Int[Array, " slots"],
     shaping: Shaping | None,
     *,
@@ -72,8 +90,8 @@ def sample(
     Returns:
         last_tokens with the new tokens, the shaping state after them, and what the host reads: see sampler.sample.
     """
-    out, shaping = sampler.sample(logits, samples, mode, shaping)
-    return last_tokens.at[samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
+    out, shaping = sampler.sample(results.logits, results.samples, mode, shaping)
+    return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
 
 
 def copy_pages(caches: tuple[Array, ...], sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> tuple[Array, ...]:

@@ -21,13 +21,15 @@ class Batch:
         prompts: the prompts' token ids.
     """
 
-    def __init__(self, engine: AsyncEngine, prompts: Sequence[tuple[list[int], SamplingParams]], request_id: str) -> None:
+    def __init__(
+        self, engine: AsyncEngine, prompts: Sequence[tuple[list[int], SamplingParams]], request_id: str, priority: int = 0
+    ) -> None:
         """Submits every prompt, or none: when one is refused, those before it are aborted."""
         self.prompts = [token_ids for token_ids, _ in prompts]
         self._streams: list[RequestStream] = []
         try:
             for i, (token_ids, params) in enumerate(prompts):
-                self._streams.append(engine.submit(token_ids, params, request_id=f"{request_id}-{i}"))
+                self._streams.append(engine.submit(token_ids, params, request_id=f"{request_id}-{i}", priority=priority))
         except BaseException:
             self.abort()
             raise

@@ -143,7 +143,7 @@ class SamplingFields(Fields):
     n: int = Field(1, ge=1, le=MAX_N)
     use_beam_search: bool = False
     length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
+    early_stopping: Literal[True, False, "never"] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -163,6 +163,7 @@ class SamplingFields(Fields):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
+    priority: int = 0
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:

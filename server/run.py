@@ -6,13 +6,20 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineDeadError
 from jaxserve.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from jaxserve.async_engine import AsyncEngine
+
+DEAD_ENGINE_S = 1.0  # how long a server outlives its engine, so that clients and probes learn why
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -45,19 +52,36 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, sock: socket.socket, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
+def run(app: FastAPI, engine: AsyncEngine, sock: socket.socket, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     """Serves until SIGINT or SIGTERM; running requests then get `shutdown_timeout` seconds, a second Ctrl-C ends at once.
 
     Args:
         on_ready: called with the URL once the server accepts connections.
+
+    Raises:
+        EngineDeadError: the engine has stopped, and so the server has.
     """
-    Server(app, sock, config, on_ready).run(sockets=[sock])
+    server = Server(app, sock, config, on_ready, lambda: engine.is_healthy)
+    server.run(sockets=[sock])
+    if server.died_s is not None:
+        raise EngineDeadError("the engine has stopped, the log says why; start the server again")
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a call when it is ready, and a normal return after a signal."""
+    """uvicorn, with a call when it is ready, and a normal return after a signal or the engine's end.
 
-    def __init__(self, app: FastAPI, sock: socket.socket, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
+    Attributes:
+        died_s: time.monotonic() when the engine was found dead.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        sock: socket.socket,
+        config: ServerConfig,
+        on_ready: Callable[[str], None],
+        is_healthy: Callable[[], bool] = lambda: True,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -70,11 +94,21 @@ class Server(uvicorn.Server):
         )
         self._url = url_of(sock)
         self._on_ready = on_ready
+        self._is_healthy = is_healthy
+        self.died_s: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready(self._url)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self.died_s is None and not self._is_healthy():
+            self.died_s = time.monotonic()
+        if self.died_s is not None and time.monotonic() >= self.died_s + DEAD_ENGINE_S:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

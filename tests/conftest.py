@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -27,9 +30,49 @@ os.environ["XDG_CACHE_HOME"] = str(_CACHE)  # keeps servers that tests start out
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
-# Not the loaders, which call small functions a hundred thousand times.
-_CHECKED = ["models.decoder", "models.interface", "models.layers", "pallas_kernels", "sampler"]
+# Not the loaders, which call small functions a hundred thousand times, nor StepBatch, which jax also fills with what is no array.
+_CHECKED = ["models.decoder", "models.layers", "pallas_kernels", "sampler"]
 install_import_hook([f"jaxserve.{name}" for name in _CHECKED], f"{tests.check_arrays.__name__}.check_arrays")
+
+
+@pytest.fixture(scope="session")
+def compiled_in_steps() -> Iterator[list[str]]:
+    """What is compiled inside an engine's methods, on whichever thread they run: a new one must have compiled it all before."""
+    import jax
+
+    from jaxserve.engine import Engine
+
+    engine_at_work = threading.local()
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and getattr(engine_at_work, "now", False):
+            seen.append(str(details.get("fun_name")))
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            engine_at_work.now = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                engine_at_work.now = False
+
+        return call
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("add_request", "dispatch", "collect", "abort", "fail_all"):
+            patch.setattr(Engine, name, watched(getattr(Engine, name)))
+        yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiles_in_a_step(compiled_in_steps: list[str]) -> Iterator[None]:
+    del compiled_in_steps[:]
+    yield
+    assert not compiled_in_steps, "compiled after the engine was ready"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,6 +58,6 @@ def paged_logits(
             buffer.page_index[:] = range(pages * num_rows)
             buffer.page_id[:] = ids.ravel()
         buffer.logit_rows[: num_rows * count] = range(num_rows * count)
-        state, out, _ = forward(weights, state, buffer.packed, buffer.shape)
-        logits[:, start:end] = np.asarray(out)[: num_rows * count].reshape(num_rows, count, -1)
+        state, out = forward(weights, state, buffer.packed, buffer.shape)
+        logits[:, start:end] = np.asarray(out.logits)[: num_rows * count].reshape(num_rows, count, -1)
     return logits

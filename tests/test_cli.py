@@ -21,7 +21,7 @@ import pytest
 import jaxserve
 from jaxserve import cli
 from jaxserve.config import EngineConfig, choices_of, option_fields
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineDeadError
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from tests.server.fake_engine import FakeEngine
@@ -79,7 +79,7 @@ def test_nothing_given_is_nothing_set() -> None:
     assert read() == {}
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "generate"])
+@pytest.mark.parametrize("command", ["serve", "chat", "generate", "compile"])
 def test_help_shows_every_flag_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
@@ -196,8 +196,12 @@ def test_error_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], 
 class FakeLLM:
     """Answers a prompt with its capitals."""
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def from_engine(cls, config: EngineConfig) -> Self:
+        return cls(config)
 
     def __enter__(self) -> Self:
         return self
@@ -209,12 +213,19 @@ class FakeLLM:
         return SamplingParams(temperature=0.6, top_k=20)
 
     def generate(self, prompts: list[str], params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
-        self.__class__.last = (self.options, params)
+        self.__class__.last = (self.config, params)
         return [RequestOutput("r", p, [1], [CompletionOutput(0, p.upper(), [2])], True) for p in prompts]
 
 
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """Its engine is the config."""
+
+    def build_engine(config: EngineConfig, *, on_progress: Any) -> EngineConfig:
+        on_progress("weights", 1, 2)
+        return config
+
+    monkeypatch.setitem(sys.modules, "jaxserve.startup", types.SimpleNamespace(build_engine=build_engine))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "jaxserve.llm", types.SimpleNamespace(LLM=FakeLLM))  # type: ignore[arg-type]
     return FakeLLM
 
@@ -237,9 +248,10 @@ def test_generate(llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
         "3",
     ]
     assert cli.main(argv) == 0
-    assert capsys.readouterr().out == "HELLO\n"
-    options, params = llm.last
-    assert options == {"model": "m", "seed": 3}
+    output = capsys.readouterr()
+    assert output.out == "HELLO\n" and "weights" in output.err
+    config, params = llm.last
+    assert config == EngineConfig.from_options(model="m", seed=3)
     assert params == SamplingParams(temperature=0, top_k=20, max_tokens=5, stop=("a", "b"))
 
 
@@ -252,6 +264,38 @@ def test_generate_from_standard_input(llm: Any, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(sys, "stdin", io.StringIO("a text\nof two lines\n"))
     assert cli.main(["generate", "m"]) == 0
     assert capsys.readouterr().out == "A TEXT\nOF TWO LINES\n"
+
+
+def test_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def compile_model(config: EngineConfig, *, on_progress: Any) -> list[types.SimpleNamespace]:
+        assert config == EngineConfig.from_options(model="m", max_num_seqs=4)
+        on_progress("compile", 1, 2)
+        report = types.SimpleNamespace
+        return [
+            report(name="decode 4", seconds=0.25, temp_bytes=2**20, argument_bytes=3 * 2**29),
+            report(name="forward 512", seconds=12.0, temp_bytes=2**30, argument_bytes=2**30),
+        ]
+
+    monkeypatch.setitem(sys.modules, "jaxserve.startup", types.SimpleNamespace(compile_model=compile_model))  # type: ignore[arg-type]
+    assert cli.main(["compile", "m", "--max-num-seqs", "4"]) == 0
+    output = capsys.readouterr()
+    rows = [line.replace("│", " ").split() for line in output.out.splitlines()]
+    assert rows[2:4] == [["forward", "512", "12.00", "1,024.0", "1,024.0"], ["decode", "4", "0.25", "1.0", "1,536.0"]]
+    assert rows[4][:3] == ["2", "programs", "in"] and "compile" in output.err
+
+
+def test_compile_needs_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "m", "--compilation-cache-dir", ""]) == 2
+    assert "compile fills the compile cache, and compilation_cache_dir turns it off" in capsys.readouterr().err
+
+
+def test_a_dead_engine_is_no_users_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run_serve(args: object) -> None:
+        raise EngineDeadError("the engine has stopped")
+
+    monkeypatch.setattr(cli, "run_serve", run_serve)
+    assert cli.main(["serve", "m"]) == 1
+    assert capsys.readouterr().err == "error: the engine has stopped\n"
 
 
 @pytest.mark.parametrize(

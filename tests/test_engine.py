@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.errors import InvalidRequestError, PromptTooLongError
+from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from tests.tiny import VOCAB, assert_greedy, dense_logits, greedy, run, tiny_engine
+from tests.tiny import VOCAB, assert_greedy, dense_logits, greedy, run, tiny_engine, with_limits
 
 
 def prompts(seed: int, lengths: list[int]) -> list[list[int]]:
@@ -38,9 +38,7 @@ def test_equals_full_recompute(page_size: int, window: int | None) -> None:
     arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8),
     num_pages=st.sampled_from([16, 64]),
 )
-def test_any_arrival_order_and_pool(
-    seed: int, lengths: list[int], out: list[int], arrivals: list[int], num_pages: int
-) -> None:
+def test_any_arrival_order_and_pool(seed: int, lengths: list[int], out: list[int], arrivals: list[int], num_pages: int) -> None:
     """A pool of 16 pages holds one full request alone: most of these runs preempt."""
     engine = tiny_engine(num_pages=num_pages)
     work = prompts(seed, lengths)
@@ -240,6 +238,27 @@ def test_no_waiting_request_starves() -> None:
 
 
 def test_priority_goes_first() -> None:
-    engine = tiny_engine(max_num_seqs=1)
+    engine = with_limits(tiny_engine(max_num_seqs=1), scheduling_policy="priority")
     order = [engine.add_request(p, greedy(2), priority=i) for i, p in zip([2, 1, 0], prompts(16, [9, 9, 9]), strict=True)]
     assert list(run(engine)) == order[::-1]
+
+
+def test_priority_needs_its_policy() -> None:
+    engine = tiny_engine()
+    with pytest.raises(InvalidRequestError, match="requests run in order of arrival.*scheduling_policy"):
+        engine.add_request([1], greedy(2), priority=-1)
+    engine.add_request([1], greedy(2), priority=0)
+    assert len(run(engine)) == 1
+
+
+def test_an_engine_whose_results_never_come_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that can be sent but fail on the device are failures in a row, though each second step only sends."""
+    engine = tiny_engine()
+    engine.add_request([1, 2, 3], greedy(12))
+
+    def fail(step: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.runner, "collect", fail)
+    with pytest.raises(EngineDeadError, match="3 steps failed in a row; the last: injected"):
+        run(engine, 20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -83,8 +83,8 @@ def _programs(page_size: int, window: int | None) -> tuple[Buckets, ProgramInput
     state = abstract_state(specs, NUM_PAGES, page_size, NUM_SLOTS, pages_per_slot, jnp.dtype("float32"), shardings)
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
-    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, page_size, shardings)
-    return buckets, inputs, compile_programs(buckets, inputs, apply, Runtime("cpu", mesh), threads=2), placed
+    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, buckets, shardings)
+    return buckets, inputs, compile_programs(inputs, apply, Runtime("cpu", mesh), threads=2), placed
 
 
 def tiny_engine(**changes: Any) -> Engine:
@@ -96,7 +96,13 @@ def tiny_engine(**changes: Any) -> Engine:
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
     scheduler = Scheduler(limits, pool, options.page_size, PrefixCache(pool) if options.prefix_caching else None)
     config = EngineConfig.from_options(model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed)
-    return Engine(config, scheduler, Runner(weights, programs, buckets, inputs), None, vocab_size=VOCAB)
+    return Engine(config, scheduler, Runner(weights, programs, inputs), None, vocab_size=VOCAB)
+
+
+def with_limits(engine: Engine, **options: Any) -> Engine:
+    """The engine, with options of SchedulerConfig that nothing is compiled for."""
+    engine.config = replace(engine.config, scheduler=replace(engine.config.scheduler, **options))
+    return engine
 
 
 def run(engine: Engine, limit: int = 2000) -> dict[str, RequestOutput]:
@@ -143,7 +149,7 @@ def _dense(spec: DecoderSpec) -> Any:
     def logits(token_ids: jax.Array) -> jax.Array:
         n = token_ids.shape[0]
         zero = jnp.zeros(1, jnp.int32)
-        batch = StepBatch(token_ids, jnp.arange(n), zero, zero, zero[None], zero, zero[0], jnp.arange(n))
+        batch = StepBatch(token_ids, jnp.arange(n), jnp.zeros(2, jnp.int32), zero, zero[None], token_ids, zero[0], jnp.arange(n))
         return apply(weights, batch, (zero,) * len(spec.layers), DenseRuntime())[0]
 
     return logits
@@ -161,8 +167,6 @@ def assert_greedy(prompt: list[int], output: list[int], window: int | None = Non
     logits = dense_logits(prompt + output, window)[len(prompt) - 1 : -1]
     chosen = logits[np.arange(len(output)), output]
     assert np.all(chosen >= logits.max(axis=-1) - near_tie), f"not the oracle's tokens: {output} != {logits.argmax(-1)}"
-
-
 
 
 def compiled_programs() -> Programs:

@@ -29,7 +29,7 @@ def chat_router(serving: Serving) -> APIRouter:
         token_ids = await serving.chat_prompt(body)
         params = serving.sampling_params(body, len(token_ids))
         request_id = new_request_id("chatcmpl")
-        batch = Batch(serving.engine, [(token_ids, params)], request_id)
+        batch = Batch(serving.engine, [(token_ids, params)], request_id, body.priority)
         choices = ChatChoices(serving.engine.tokenizer, body.num_logprobs, serving.gives_token_ids(body))
         reply = Reply(batch, choices, request_id=request_id, model=serving.model_name, n=body.n)
         if body.stream:

@@ -29,7 +29,7 @@ def completions_router(serving: Serving) -> APIRouter:
         prompts = [(ids, serving.sampling_params(body, len(ids))) for ids in await serving.prompts(body)]
         echoes = await serving.prompt_texts(body) if body.echo else None
         request_id = new_request_id("cmpl")
-        batch = Batch(serving.engine, prompts, request_id)
+        batch = Batch(serving.engine, prompts, request_id, body.priority)
         choices = CompletionChoices(serving.engine.tokenizer, body, serving.gives_token_ids(body), echoes)
         reply = Reply(batch, choices, request_id=request_id, model=serving.model_name, n=body.n)
         if body.stream:

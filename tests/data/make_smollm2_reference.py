@@ -103,7 +103,8 @@ def main() -> None:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if is_chat else prompt
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids, gaps = greedy(model, prompt_ids, eos_id)
-        case = {"name": name, "messages" if is_chat else "prompt": prompt, "prompt_ids": prompt_ids, "ids": ids, "gaps": gaps}
+        case = {"name": name, "messages": prompt if is_chat else None, "prompt": None if is_chat else prompt}
+        case |= {"prompt_ids": prompt_ids, "ids": ids, "gaps": gaps}
         cases.append(case | {"text": tokenizer.decode(ids, skip_special_tokens=True)})
         print(f"{name}: {len(prompt_ids)} + {len(ids)} tokens, least gap {min(gaps)}: {cases[-1]['text']!r}")
     lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)

@@ -82,6 +82,7 @@ class FakeEngine:
         self.token_delay_s = 0.0
         self.num_cached_tokens = 0
         self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.priorities: list[int] = []
         self.running: set[str] = set()
         self.aborted: set[str] = set()
 
@@ -95,7 +96,13 @@ class FakeEngine:
         return {"model": self.config.model.model, "KV cache": "64 pages of 16 tokens"}
 
     def submit(
-        self, prompt_token_ids: list[int], params: SamplingParams, *, request_id: str | None = None, prompt: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+        priority: int = 0,
     ) -> FakeStream:
         if not self.is_healthy:
             raise EngineDeadError("the engine has stopped; restart the server")
@@ -108,6 +115,7 @@ class FakeEngine:
         request_id = f"request-{len(self.submitted)}" if request_id is None else request_id
         assert request_id not in self.running
         self.submitted.append((prompt_token_ids, params))
+        self.priorities.append(priority)
         self.running.add(request_id)
         return FakeStream(self, request_id, prompt_token_ids, params)
 
@@ -151,6 +159,8 @@ class FakeStream:
             await self._ended.wait()
             raise StopAsyncIteration
         await asyncio.sleep(self._engine.token_delay_s)
+        if not self._engine.is_healthy:
+            return self._output([], finished=True, error="the engine has stopped")
         self._num_steps += 1
         if self._num_steps == self._engine.crash_after:
             raise KeyError("a bug, with /secret/path in its text")

@@ -90,6 +90,13 @@ def test_best_of_reaches_the_engine(client: openai.OpenAI, engine: FakeEngine) -
     assert (engine.submitted[0][1].n, engine.submitted[0][1].best_of) == (2, 3)
 
 
+def test_priority_reaches_the_engine(client: openai.OpenAI, engine: FakeEngine) -> None:
+    client.completions.create(model=MODEL, prompt=["a", "b"], extra_body={"priority": -3})
+    client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"priority": 7})
+    client.completions.create(model=MODEL, prompt="a")
+    assert engine.priorities == [-3, -3, 7, 0]
+
+
 def test_token_ids_on_request(client: openai.OpenAI) -> None:
     extra = {"return_token_ids": True}
     assert client.completions.create(model=MODEL, prompt="hi", extra_body=extra).choices[0].token_ids == [104, 105, 256]

@@ -48,6 +48,7 @@ def post(http: httpx.Client, body: dict[str, Any]) -> tuple[int, dict[str, Any]]
         (CHAT | {"n": 10**6}, "n", "less than or equal to 128"),
         (CHAT | {"max_tokens": 0}, "max_tokens", "at least 1"),
         (CHAT | {"seed": 2**70}, "seed", "64-bit"),
+        (CHAT | {"priority": 1.5}, "priority", "valid integer"),
         (CHAT | {"stop": ["a"] * 65}, "stop", "at most 64"),
         (CHAT | {"stop": ""}, "stop", "non-empty"),
         (CHAT | {"min_tokens": 9, "max_tokens": 3}, "min_tokens", "at most max_tokens"),

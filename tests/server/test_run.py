@@ -19,17 +19,22 @@ from jaxserve.server.run import bind, url_of
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = textwrap.dedent("""
-    import atexit
     from jaxserve.server.app import create_app
     from jaxserve.server.config import ServerConfig
     from jaxserve.server.run import bind, run
     from tests.server.fake_engine import FakeEngine
 
-    engine = FakeEngine(lambda prompt, i: "x" * 20)
+    def reply(prompt, i):
+        engine.is_healthy = prompt != "die"
+        return "x" * 20
+
+    engine = FakeEngine(reply)
     engine.token_delay_s = 0.05
     config = ServerConfig(port=0, shutdown_timeout={shutdown_timeout})
-    run(create_app(engine, config), bind(config), config, lambda url: print(url, flush=True))
-    print("shut down:", engine.is_started and engine.is_shut_down, len(engine.aborted))
+    try:
+        run(create_app(engine, config), engine, bind(config), config, lambda url: print(url, flush=True))
+    finally:
+        print("shut down:", engine.is_started and engine.is_shut_down, len(engine.aborted))
 """)
 
 
@@ -67,6 +72,23 @@ def test_requests_that_take_too_long_are_cut_off() -> None:
             list(lines)
         assert process.communicate(timeout=20)[0] == "shut down: True 1\n"
     assert process.returncode == 0
+
+
+def test_a_server_does_not_outlive_its_engine() -> None:
+    """Streams end with an error, /health turns red, and then the process ends, by itself and with a failure."""
+    process, url = start(shutdown_timeout=20)
+    with process, httpx.Client(base_url=url, timeout=20) as client:
+        with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 50, "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/completions", json={"prompt": "die"}).status_code == 500
+            health = client.get("/health")
+            assert health.status_code == 503 and health.json()["error"]["code"] == "engine_dead"
+            rest = [line for line in lines if line]
+            assert "the engine has stopped" in rest[-2] and rest[-1] == "data: [DONE]"
+        assert process.communicate(timeout=20)[0] == "shut down: True 0\n"
+    assert process.returncode == 1
 
 
 def test_port_in_use() -> None:

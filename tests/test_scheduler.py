@@ -1,0 +1,82 @@
+"""The scheduler alone: no model, and tokens as the test likes."""
+
+from __future__ import annotations
+
+from jaxserve.page_pool import PagePool
+from jaxserve.request import Request, RequestGroup, Status
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler import Limits, Scheduler
+
+PAGE_SIZE = 4
+
+
+def request_of(order: int) -> Request:
+    """Has a prompt of one page and a half; the larger its order, the sooner it is preempted."""
+    group = RequestGroup(f"r{order}", list(range(6)), SamplingParams(), max_output_tokens=8, stop_ids=frozenset())
+    return Request(group, 0, 0, (0, order))
+
+
+def running(num_pages: int, *orders: int) -> tuple[Scheduler, list[Request]]:
+    """Requests that have computed their prompts and have a token to compute."""
+    scheduler = Scheduler(Limits(8, max_num_batched_tokens=32, max_page_updates=64), PagePool(num_pages), PAGE_SIZE)
+    requests = [request_of(order) for order in orders]
+    for request in requests:
+        scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None and len(plan.rows) == len(orders)
+    for request in requests:
+        request.num_in_flight = 0
+        request.token_ids.append(9)
+    return scheduler, requests
+
+
+def fork(scheduler: Scheduler, parent: Request, order: int) -> Request:
+    child = request_of(order)
+    child.token_ids = list(parent.token_ids)
+    scheduler.fork(parent, child)
+    return child
+
+
+def test_the_copy_of_a_preempted_request_is_forgotten() -> None:
+    """Its page is the next request's copy by then, and two copies into one page would mix them."""
+    scheduler, (first, last) = running(5, 4, 9)
+    scheduler.running.reverse()  # the one that will be preempted takes the last free page, for its copy
+    fork(scheduler, last, 3)
+    fork(scheduler, first, 2)
+    shared = first.pages[1]
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert last.status is Status.WAITING and not last.pages
+    assert [source for source, _ in plan.page_copies] == [shared]
+    assert len(plan.rows) == plan.num_tokens == plan.num_samples == 3
+    assert plan.num_page_updates == sum(len(r.request.pages) - r.new_pages for r in plan.rows)
+    scheduler.check_integrity()
+
+
+def test_held_requests_give_way_when_nothing_else_can_run() -> None:
+    """Two fill the pool, and both wait for a third's token, which has no page."""
+    scheduler, (first, last) = running(4, 1, 2)
+    first.is_held = last.is_held = True
+    waiting = request_of(3)
+    scheduler.add(waiting)
+    last.num_in_flight = 1
+    assert scheduler.schedule() is None  # what comes back may change things
+    last.num_in_flight = 0
+    plan = scheduler.schedule()
+    assert plan is not None and [row.request for row in plan.rows] == [waiting]
+    assert (first.status, last.status) == (Status.RUNNING, Status.WAITING)  # one was enough
+    scheduler.check_integrity()
+
+
+def test_a_slot_keeps_its_table() -> None:
+    """A fork into the slot of a request with the same beginning sends only the pages that differ."""
+    scheduler, (parent, _) = running(8, 1, 2)
+    sibling = fork(scheduler, parent, 3)
+    plan = scheduler.schedule()
+    assert plan is not None
+    row = next(row for row in plan.rows if row.request is sibling)
+    assert row.new_pages == 0  # nothing is known of a fresh slot
+    scheduler.finish(sibling)
+    assert fork(scheduler, parent, 4).num_pages_sent == 1
+    scheduler.reset()
+    assert all(not table for table in scheduler._tables)
