@@ -44,7 +44,18 @@ def host_times(llm: LLM, batch: int, context: int, steps: int) -> dict[str, floa
     ids = [engine.add_request(rng.integers(0, engine.vocab_size, context).tolist(), params) for _ in range(batch)]
     while len(engine.scheduler.running) < batch or any(r.num_to_compute > 1 for r in engine.scheduler.running):
         engine.step()
-    saved = {(o, n): getattr(o, n) for o, n in [(engine.scheduler, "schedule"), (engine.runner, "dispatch"), (engine.runner, "_pack"), (engine.runner, "_sample"), (engine.runner, "collect"), (engine, "_take_in"), (engine.runner, "_send")]}
+    saved = {
+        (o, n): getattr(o, n)
+        for o, n in [
+            (engine.scheduler, "schedule"),
+            (engine.runner, "dispatch"),
+            (engine.runner, "_pack"),
+            (engine.runner, "_sample"),
+            (engine.runner, "collect"),
+            (engine, "_take_in"),
+            (engine.runner, "_send"),
+        ]
+    }
     for owner, name in saved:
         timed(owner, name, totals)
     start = time.perf_counter()
@@ -87,7 +98,7 @@ def device_times(llm: LLM, batch: int, context: int, trace: str | None = None) -
         for _ in range(count):
             packed = stage(runner._send(buffer.packed), packed)
             state, results = forward(runner._weights, state, last, packed, results)
-            last, _, out = sample(results, last, None)
+            last, _, _ = sample(results, last, None)
         jax.block_until_ready(last)
         return (time.perf_counter() - start) / count * 1000
 
@@ -145,7 +156,7 @@ def main() -> None:
         try:
             for row in kernels(trace):
                 print("  ", *row, flush=True)
-        except Exception as e:  # the trace is extra
+        except (IndexError, OSError, ValueError) as e:  # the trace is extra
             print("no trace:", type(e).__name__, e)
 
 

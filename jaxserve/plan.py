@@ -132,7 +132,7 @@ def step_batch(
     positions = jnp.where(in_use, plan.row_position[row] + token - query_start[row], 0)
     row_tables = page_tables[plan.row_slot]
     page = row_tables[row, positions // page_size]
-    write_slots = jnp.where(in_use, page * page_size + positions % page_size, jnp.iinfo(jnp.int32).max)
+    write_slots = jnp.where(in_use, page * page_size + positions % page_size, np.iinfo(np.int32).max)
     token_ids = jnp.where(plan.token_ids == ON_DEVICE, last_tokens[plan.row_slot[row]], plan.token_ids)
     return StepBatch(
         token_ids=token_ids,

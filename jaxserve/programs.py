@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -43,22 +43,26 @@ class Buckets:
     def max_num_seqs(self) -> int:
         return self.decode[-1]
 
-    @cache
-    def decode_shape(self, num_rows: int) -> PlanShape:
-        """The plan of a decode program: at most one new page a request."""
-        return PlanShape(num_rows, num_rows, _at_least(self.samples, num_rows), num_rows)
-
-    @cache
-    def mixed_shape(self, num_tokens: int) -> PlanShape:
-        """The plan of a mixed program: new pages for its tokens, and one whole table for a prefix hit."""
-        updates = self.max_num_seqs + num_tokens // self.page_size + self.pages_per_slot
-        return PlanShape(num_tokens, self.max_num_seqs, self.max_num_seqs, updates)
+    @cached_property
+    def decode_shapes(self) -> dict[int, PlanShape]:
+        """The plans of the decode programs, by requests: at most one new page a request."""
+        return {n: PlanShape(n, n, _at_least(self.samples, n), n) for n in self.decode}
 
     @cached_property
+    def mixed_shapes(self) -> dict[int, PlanShape]:
+        """The plans of the mixed programs, by tokens: new pages for these, and one whole table for a prefix hit."""
+        updates = self.max_num_seqs + self.pages_per_slot
+        return {n: PlanShape(n, self.max_num_seqs, self.max_num_seqs, updates + n // self.page_size) for n in self.tokens}
+
+    @property
     def shapes(self) -> list[PlanShape]:
         """Every forward program's plan, the largest first."""
-        mixed = [self.mixed_shape(n) for n in reversed(self.tokens)]
-        return mixed + [self.decode_shape(n) for n in reversed(self.decode)]
+        return [*reversed(self.mixed_shapes.values()), *reversed(self.decode_shapes.values())]
+
+    @property
+    def max_page_updates(self) -> int:
+        """Changes of page tables that the largest plan carries."""
+        return self.shapes[0].num_page_updates
 
     @cached_property
     def plan_size(self) -> int:
@@ -68,14 +72,11 @@ class Buckets:
     def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
         """The smallest plan that holds a step."""
         if num_rows == num_tokens:
-            shape = self.decode_shape(_at_least(self.decode, num_rows))
+            shape = self.decode_shapes[_at_least(self.decode, num_rows)]
             if num_samples <= shape.num_samples and num_page_updates <= shape.num_page_updates:
                 return shape
-        return next(
-            shape
-            for shape in map(self.mixed_shape, self.tokens)
-            if num_tokens <= shape.num_tokens and num_page_updates <= shape.num_page_updates
-        )
+        fitting = (s for s in self.mixed_shapes.values() if num_tokens <= s.num_tokens and num_page_updates <= s.num_page_updates)
+        return next(fitting)
 
 
 def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
@@ -83,10 +84,11 @@ def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int
     smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
     # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
     decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
+    samples = {decode[0], max_num_seqs} if platform == "cpu" else {decode[0], *decode[-2:]}
     return Buckets(
         decode=decode,
         tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
-        samples=tuple(sorted({decode[0], decode[-2] if platform != "cpu" and len(decode) > 2 else decode[0], max_num_seqs})),
+        samples=tuple(sorted(samples)),
         pages_per_slot=pages_per_slot,
         page_size=page_size,
     )
@@ -148,12 +150,15 @@ class ProgramInputs:
         return self.array((self.buckets.plan_size,))
 
     def results(self, num_samples: int) -> step.ForwardResults:
-        logits = self.array((num_samples, self.vocab_size), jnp.float32)
-        return step.ForwardResults(logits, self.array((num_samples, SAMPLE_FIELDS)))
+        logits: Any = self.array((num_samples, self.vocab_size), jnp.float32)
+        samples: Any = self.array((num_samples, SAMPLE_FIELDS))
+        return step.ForwardResults(logits, samples)
 
     @property
     def shaping(self) -> shaping.Shaping:
-        return jax.tree.map(lambda x: self.array(x.shape, x.dtype), shaping.shape_like(self.num_slots, self.vocab_size))
+        row = shaping.shape_like(self.num_slots, self.vocab_size)
+        abstract: shaping.Shaping = jax.tree.map(lambda x: self.array(x.shape, x.dtype), row)
+        return abstract
 
     def array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.shardings.replicated)

@@ -78,7 +78,7 @@ class Runner:
         shape = self.buckets.choose(len(plan.rows), plan.num_tokens, plan.num_samples, plan.num_page_updates)
         buffer = PlanBuffer(shape, self._inputs.num_slots, self.buckets.plan_size)
         rows = self._pack(plan, buffer)
-        self._packed = self.programs.others["stage"](buffer.packed, self._packed)
+        self._packed = self.programs.others["stage"](self._send(buffer.packed), self._packed)
         self._state, self._results[shape.num_samples] = self.programs.forward[shape](
             self._weights, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
@@ -102,7 +102,8 @@ class Runner:
         self._weights = ()
 
     def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
-        return jax.device_put(array, self._inputs.shardings.replicated)
+        sent: jax.Array = jax.device_put(array, self._inputs.shardings.replicated)
+        return sent
 
     def _sample(self, num_samples: int, rows: list[SampleRow]) -> dict[str, jax.Array]:
         mode = MODES[max(row.request.mode_rank for row in rows)]
@@ -186,9 +187,10 @@ def abstract_state(
     to: Shardings,
 ) -> DeviceState:
     """Shapes and shardings of the state, without allocating it."""
-    struct = partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=to.kv_pages)
+    struct: Any = partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=to.kv_pages)
     caches = tuple(struct(kv_pages_shape(num_pages, page_size, s.num_kv_heads, s.head_dim)) for s in specs)
-    return DeviceState(caches, jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated))
+    tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
+    return DeviceState(caches, tables)
 
 
 def page_bytes(specs: tuple[CacheSpec, ...], page_size: int, dtype: jnp.dtype, devices: int) -> int:

@@ -127,7 +127,8 @@ def _largest_threshold(order: UInt[Array, "S V"], weights: Float[Array, "S V"], 
         enough = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0), axis=-1) >= wanted
         return jnp.where(enough, candidate, threshold)
 
-    return lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
+    threshold: Array = lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
+    return threshold
 
 
 def _logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> dict[str, Array]:

@@ -7,6 +7,7 @@ is kept up to date by the sample program itself. Requests that need none of this
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +49,14 @@ class Shaping:
 
 def shape_like(*shape: int) -> Shaping:
     """Abstract Shaping of this shape."""
-    struct = jax.ShapeDtypeStruct
+    struct: Any = jax.ShapeDtypeStruct
     return Shaping(struct(shape, jnp.float32), struct(shape, jnp.int32), struct(shape, jnp.bool_), struct(shape, jnp.bool_))
 
 
 def set_row(state: Shaping, row: Shaping, slot: Int[Array, ""]) -> Shaping:
     """The state with one slot's row replaced."""
-    return jax.tree.map(lambda s, r: lax.dynamic_update_index_in_dim(s, r, slot, axis=0), state, row)
+    updated: Shaping = jax.tree.map(lambda s, r: lax.dynamic_update_index_in_dim(s, r, slot, axis=0), state, row)
+    return updated
 
 
 def shape_logits(logits: Float[Array, "S V"], state: Shaping, samples: Int[Array, "S fields"]) -> Float[Array, "S V"]:

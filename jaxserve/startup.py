@@ -27,6 +27,7 @@ from jaxserve.models.loading import (
     open_source,
     resolve_dtype,
 )
+from jaxserve.models.loading.resolve import resolve_model
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.prefix_cache import PrefixCache
@@ -206,7 +207,7 @@ def _num_pages(build: _Build) -> int:
         raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
     inputs, shape = build.inputs(), build.buckets().shapes[0]
     program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
-    needed = temporary_bytes(program) + _weight_bytes(build)
+    needed = temporary_bytes(program) + _resident_bytes(build)
     # The limit is what XLA may take, which is itself a share of the device's memory.
     usable = min(limit, limit / xla_memory_fraction() * cache.gpu_memory_utilization)
     pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
@@ -218,8 +219,12 @@ def _num_pages(build: _Build) -> int:
     return pages
 
 
-def _weight_bytes(build: _Build) -> int:
-    return sum(w.dtype.itemsize * _local_size(w) for w in build.inputs().weights)
+def _resident_bytes(build: _Build) -> int:
+    """What stays on each device besides the pool: weights, and what the sampler and the step keep."""
+    inputs = build.inputs()
+    results = [inputs.results(n) for n in inputs.buckets.samples]
+    arrays = jax.tree.leaves((inputs.weights, inputs.shaping, results, inputs.packed, inputs.state.page_tables))
+    return sum(array.dtype.itemsize * _local_size(array) for array in arrays)
 
 
 def _local_size(array: jax.ShapeDtypeStruct) -> int:
@@ -249,7 +254,7 @@ def _scheduler(build: _Build) -> Scheduler:
     limits = Limits(
         max_num_seqs=buckets.max_num_seqs,
         max_num_batched_tokens=buckets.tokens[-1],
-        max_page_updates=buckets.mixed_shape(buckets.tokens[-1]).num_page_updates,
+        max_page_updates=buckets.max_page_updates,
     )
     pool = PagePool(build.num_pages)
     cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching else None
@@ -261,14 +266,14 @@ def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer | No
         return None
     from jaxserve.tokenizer import load_tokenizer
 
-    return load_tokenizer(config.model.tokenizer or source.path)
+    return load_tokenizer(resolve_model(config.model.tokenizer) if config.model.tokenizer else source.path)
 
 
 def _eos_token_ids(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Every id that ends a text."""
     declared = source.generation_config.get("eos_token_id")
-    ids = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    return frozenset(ids | ({tokenizer.eos_token_id} if tokenizer and tokenizer.eos_token_id is not None else set()))
+    ids = frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    return ids if tokenizer is None else ids | tokenizer.end_token_ids
 
 
 def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, Any]:

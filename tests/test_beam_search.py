@@ -103,7 +103,8 @@ def test_finds_what_transformers_finds(name: str, tmp_path: Path) -> None:
 def test_smollm2_finds_what_transformers_finds(smollm2_path: Path) -> None:
     cases = [case for case in REFERENCE if case["model"] == "smollm2"]
     assert len(cases) >= 4
-    with LLM(str(smollm2_path), dtype="float32", max_num_seqs=8, max_model_len=256, num_gpu_blocks_override=128) as llm:
+    with LLM(str(smollm2_path), dtype="float32", max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128,
+             num_gpu_blocks_override=64) as llm:  # fmt: skip
         for case in cases:
             params = BeamSearchParams(beam_width=case["width"], max_tokens=case["max_tokens"])
             (output,) = llm.beam_search({"prompt_token_ids": case["prompt_ids"]}, params, use_tqdm=False)
@@ -266,6 +267,20 @@ def test_output_counts_and_cached_tokens() -> None:
     assert output.num_cached_tokens == 48  # the last token's page is computed again
     assert [len(o.token_ids) for o in output.outputs] == [20] * 4
     assert len({tuple(o.token_ids) for o in output.outputs}) == 4
+
+
+def test_llm_beam_search() -> None:
+    llm = LLM.from_engine(tiny_engine(max_num_seqs=8))
+    prompts = [prompt_of(10, 20), prompt_of(11, 33)]
+    params = BeamSearchParams(beam_width=3, max_tokens=12, length_penalty=2.0)
+    outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        want = search_alone(prompt, beams(3, 12, length_penalty=2.0))
+        assert_same([(s.tokens[len(prompt) :], s.cum_logprob) for s in output.sequences], want)
+        for sequence in output.sequences:
+            assert sequence.tokens[: len(prompt)] == prompt
+            assert sequence.score == pytest.approx(sequence.cum_logprob / 12**2)
+            assert (sequence.text, sequence.finish_reason, sequence.stop_reason) == ("", "length", None)
 
 
 @pytest.mark.parametrize(

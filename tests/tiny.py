@@ -92,7 +92,7 @@ def tiny_engine(**changes: Any) -> Engine:
     options = TinyOptions(**changes)
     buckets, inputs, programs, weights = _programs(options.page_size, options.window)
     pool = PagePool(options.num_pages)
-    updates = buckets.mixed_shape(buckets.tokens[-1]).num_page_updates
+    updates = buckets.max_page_updates
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
     scheduler = Scheduler(limits, pool, options.page_size, PrefixCache(pool) if options.prefix_caching else None)
     config = EngineConfig.from_options(model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed)

@@ -86,9 +86,10 @@ def paged_attention(
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
 
         try:
-            return mosaic_gpu.paged_attention(
+            out: Array = mosaic_gpu.paged_attention(
                 *arguments, scale=scale, window=window, softcap=softcap, decode_only=q.shape[0] == page_tables.shape[0]
             )
+            return out
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
     return xla.paged_attention(*arguments, scale=scale, window=window, softcap=softcap)

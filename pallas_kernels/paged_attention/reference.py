@@ -21,7 +21,7 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Float[Array, "T N H"]:
     """See api.paged_attention; computed in float32."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, _, head_dim = q.shape
     num_rows = page_tables.shape[0]
     num_kv_heads = kv_pages.shape[2] // 2
     token = jnp.arange(num_tokens)

@@ -16,14 +16,15 @@ from jaxtyping import Array, Float, Int
 
 KEY_BLOCK = 128  # keys a loop pass looks at
 QUERY_BLOCK = 64  # tokens of a prefill chunk computed together
+INT_MAX = 2**31 - 1
 FLOOR = -1e30  # the running maximum before any key: finite, so that no inf - inf arises
 
 
 class Softmax(NamedTuple):
     """Running state of an online softmax: maximum, denominator and weighted sum of values, in float32."""
 
-    top: Float[Array, "..."]
-    total: Float[Array, "..."]
+    top: Float[Array, ...]
+    total: Float[Array, ...]
     acc: Float[Array, "... H"]
 
 
@@ -65,12 +66,14 @@ def paged_attention(
             at = start + i * QUERY_BLOCK
             block = lax.dynamic_slice_in_dim(padded_q, at, QUERY_BLOCK)
             result = attend.chunk(block, page_tables[row], first_position + i * QUERY_BLOCK, kv_len)
-            return lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
+            updated: Array = lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
+            return updated
 
-        return lax.fori_loop(0, _cdiv(end - start, QUERY_BLOCK), query_block, out)
+        written: Array = lax.fori_loop(0, _cdiv(end - start, QUERY_BLOCK), query_block, out)
+        return written
 
-    out = lax.fori_loop(num_single_rows, jnp.sum(kv_lens > 0), row_blocks, out)
-    return out[:num_tokens]
+    result: Array = lax.fori_loop(num_single_rows, jnp.sum(kv_lens > 0), row_blocks, out)
+    return result[:num_tokens]
 
 
 class _Attend(NamedTuple):
@@ -88,7 +91,7 @@ class _Attend(NamedTuple):
 
     def single_tokens(self, q: Float[Array, "B N H"], tables: Array, kv_lens: Int[Array, " B"]) -> Float[Array, "B N H"]:
         """One query token a row, the last of its kv_lens tokens."""
-        batch, num_heads, head_dim = q.shape
+        batch, _, head_dim = q.shape
         grouped = q.reshape(batch, self.num_kv_heads, -1, head_dim)
         first = 0 if self.window is None else _min_where(kv_lens - self.window, kv_lens > 0) // KEY_BLOCK
 
@@ -103,7 +106,7 @@ class _Attend(NamedTuple):
 
     def chunk(self, q: Float[Array, "Q N H"], table: Array, position: Array, kv_len: Array) -> Float[Array, "Q N H"]:
         """A block of one row's query tokens, the first at `position`."""
-        num_queries, num_heads, head_dim = q.shape
+        num_queries, _, head_dim = q.shape
         grouped = q.reshape(num_queries, self.num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
         positions = position + jnp.arange(num_queries)
         first = 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // KEY_BLOCK
@@ -157,7 +160,7 @@ def _empty(shape: tuple[int, ...]) -> Softmax:
 
 def _min_where(x: Array, where: Array) -> Array:
     """The least x, at least 0; 0 where nothing is chosen."""
-    return jnp.maximum(jnp.min(jnp.where(where, x, jnp.iinfo(jnp.int32).max), initial=jnp.iinfo(jnp.int32).max), 0)
+    return jnp.maximum(jnp.min(jnp.where(where, x, INT_MAX), initial=INT_MAX), 0)
 
 
 def _pad_to_blocks(page_tables: Int[Array, "B max_pages"], page_size: int) -> Int[Array, "B padded"]:

@@ -35,12 +35,12 @@ def paged_case(
         slots = (tables[row, :used, None] * shape.page_size + np.arange(shape.page_size)).ravel()[:length]
         kv[slots] = rng.standard_normal((length, *kv.shape[1:]))
     pad = [0] * (shape.rows - len(query_lens))
-    return dict(
-        q=jnp.asarray(rng.standard_normal((tokens, shape.heads, shape.head_dim)), jnp.float32),
-        kv_pages=jnp.asarray(kv.reshape(num_pages, shape.page_size, *kv.shape[1:])),
-        page_tables=jnp.asarray(tables),
-        query_start=jnp.asarray(np.cumsum([0, *query_lens, *pad]), jnp.int32),
-        kv_lens=jnp.asarray([*kv_lens, *pad], jnp.int32),
-        num_single_rows=jnp.asarray(sum(n == 1 for n in query_lens), jnp.int32),
-        sinks=jnp.asarray(rng.standard_normal(shape.heads), jnp.float32) if sinks else None,
-    )
+    return {
+        "q": jnp.asarray(rng.standard_normal((tokens, shape.heads, shape.head_dim)), jnp.float32),
+        "kv_pages": jnp.asarray(kv.reshape(num_pages, shape.page_size, *kv.shape[1:])),
+        "page_tables": jnp.asarray(tables),
+        "query_start": jnp.asarray(np.cumsum([0, *query_lens, *pad]), jnp.int32),
+        "kv_lens": jnp.asarray([*kv_lens, *pad], jnp.int32),
+        "num_single_rows": jnp.asarray(sum(n == 1 for n in query_lens), jnp.int32),
+        "sinks": jnp.asarray(rng.standard_normal(shape.heads), jnp.float32) if sinks else None,
+    }
