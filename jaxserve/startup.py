@@ -273,7 +273,7 @@ def _eos_token_ids(source: ModelSource, tokenizer: Tokenizer | None) -> frozense
     """Every id that ends a text."""
     declared = source.generation_config.get("eos_token_id")
     ids = frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    return ids if tokenizer is None else ids | tokenizer.end_token_ids
+    return ids if tokenizer is None else ids.union(tokenizer.end_token_ids)
 
 
 def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, Any]:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, startup
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.families.assembly import Index
 from jaxserve.models.loading import describe_model, load_weights, open_source
 from jaxserve.models.loading.source import ModelSource
+from jaxserve.programs import ProgramReport, Programs
 from jaxserve.sharding import Shardings, kv_repeat, make_mesh, make_meshes
 from tests.goldens import cases
 
@@ -128,6 +130,23 @@ def test_weights_are_never_whole_on_a_device(devices: int, tmp_path: Path) -> No
 )
 def test_an_axis_that_does_not_divide_is_whole(axes: Sequence[str | None], shape: tuple[int, ...], wanted: P) -> None:
     assert Shardings(make_mesh(4)).of(tuple(axes), shape).spec == wanted
+
+
+def test_compile_is_for_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meshes: list[list[int]] = []
+
+    def compile_programs(*args: Any) -> Programs:
+        runtime, on_progress = args[-2:]
+        meshes.append([device.id for device in runtime.mesh.devices.flat])
+        on_progress("compile", 1, 1)
+        return Programs({}, {}, {}, (ProgramReport("decode 1", 0.5, 1, 2),))
+
+    monkeypatch.setattr(startup, "compile_programs", compile_programs)
+    config = EngineConfig.from_options(model=str(write_model(tmp_path, 160)), tensor_parallel_size=2, data_parallel_size=3)
+    stages: list[str] = []
+    reports = startup.compile_model(config, on_progress=lambda stage, done, total: stages.append(stage))
+    assert meshes == [[0, 1], [2, 3], [4, 5]] and len(reports) == 3
+    assert stages == ["compile 1/3", "compile 2/3", "compile 3/3"]
 
 
 def test_replicas_have_devices_of_their_own() -> None:
