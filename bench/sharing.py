@@ -3,10 +3,10 @@
 usage: python bench/sharing.py [--model MODEL] [--out FILE]
 
 Prompts are pieces of English text (the Python language reference, which every Python brings), of lengths drawn with a fixed seed
-to resemble Alpaca's and ShareGPT's, all submitted at once; outputs have the drawn length (EOS ignored). After each step is
-planned: pages held, and pages that the running requests would hold without sharing. saved = 1 - sum(held) / sum(without) over
-all steps, as in the PagedAttention paper (section 6.3, figure 15). The prefix cache is off, so that only one prompt's own
-samples and beams share.
+to resemble Alpaca's and ShareGPT's; outputs have the drawn length (EOS ignored). A prompt is submitted when there are slots for
+all its samples or beams. After each step is planned: pages held, and pages that the running requests would hold without sharing.
+saved = 1 - sum(held) / sum(without) over all steps, as in the PagedAttention paper (section 6.3, figure 15). The prefix cache is
+off, so that only one prompt's own samples and beams share.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 SEED = 0
 NUM_PROMPTS = 32
 WIDTHS = (2, 4, 6)
+SLOTS = 48
 PAPER = {
     "alpaca, samples": "6.1 to 9.8 %", "sharegpt, samples": "16.2 to 30.5 %",
     "alpaca, beams": "37.6 to 55.2 %", "sharegpt, beams": "44.3 to 66.3 %",
@@ -71,23 +72,23 @@ def measure(engine: Any, trace: Trace, *, beams: bool, width: int) -> dict[str, 
     from jaxserve import OutputKind, SamplingParams
 
     lengths = trace.lengths()
-    prompts = prompts_of(engine.tokenizer, [n for n, _ in lengths])
-    for i, (prompt, (_, out)) in enumerate(zip(prompts, lengths, strict=True)):
-        engine.add_request(
-            prompt,
-            SamplingParams(
+    work = list(enumerate(zip(prompts_of(engine.tokenizer, [n for n, _ in lengths]), lengths, strict=True)))
+    held = without = steps = num_open = 0
+    start = time.perf_counter()
+    while work or num_open:
+        while work and (num_open + 1) * width <= SLOTS:
+            i, (prompt, (_, out)) = work.pop(0)
+            params = SamplingParams(
                 n=width, use_beam_search=beams, temperature=1.0, seed=i, max_tokens=out, ignore_eos=True, detokenize=False,
                 output_kind=OutputKind.FINAL_ONLY,
-            ),
-        )  # fmt: skip
-    held = without = steps = 0
-    start = time.perf_counter()
-    while engine.has_work:
+            )  # fmt: skip
+            engine.add_request(prompt, params)
+            num_open += 1
         engine.dispatch()
         held += engine.scheduler.pool.num_held
         without += sum(len(request.pages) for request in engine.scheduler.running)
         steps += 1
-        engine.collect()
+        num_open -= sum(output.finished for output in engine.collect())
         engine.check_integrity()
     assert engine.scheduler.num_preemptions == 0, "the pool is too small: what is computed again is not shared any more"
     return {
@@ -109,9 +110,7 @@ def main() -> None:
 
     from jaxserve import LLM
 
-    # Slots for all: a sample or beam that waits for one is computed anew, and shares nothing with the prefix cache off.
-    slots = NUM_PROMPTS * max(WIDTHS)
-    options = {"max_num_seqs": slots, "max_num_batched_tokens": 512, "max_model_len": 512, "num_gpu_blocks_override": 3072}
+    options = {"max_num_seqs": SLOTS, "max_num_batched_tokens": 256, "max_model_len": 512, "num_gpu_blocks_override": 1536}
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "device": jax.devices()[0].device_kind,

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class RequestStream:
     """The outputs of one request, as they come; ends after the finished one."""
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, abort: Callable[[RequestStream], None]) -> None:
         self.request_id = request_id
         self.loop = loop
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
@@ -56,7 +56,7 @@ class RequestStream:
         """Ends the request and frees its pages before the next step is planned. May be called at any time, and again."""
         if not self._ended:
             self._ended = True
-            self._abort(self.request_id)
+            self._abort(self)
 
 
 class AsyncEngine:
@@ -160,10 +160,12 @@ class AsyncEngine:
             self._wake.notify()
         return stream
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, stream: RequestStream) -> None:
+        request_id = stream.request_id
         with self._wake:
-            self._admission.leave(request_id)
-            if self._streams.pop(request_id, None) is not None:
+            if self._streams.get(request_id) is stream:  # else it has ended, and the id may be another's
+                del self._streams[request_id]
+                self._admission.leave(request_id)
                 self._calls.append(lambda: self.engine.abort(request_id))
                 self._wake.notify()
 
@@ -173,7 +175,7 @@ class AsyncEngine:
         reason = "the engine is shut down"
         try:
             while self._wait_for_work():
-                while self._calls:
+                for _ in range(len(self._calls)):  # not until there are none: more may come for ever
                     self._calls.popleft()()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())

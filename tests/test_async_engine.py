@@ -284,6 +284,7 @@ def test_no_submission_falls_between_health_and_death(engine: Engine, monkeypatc
             except EngineDeadError:
                 refused += 1
                 break
+            await asyncio.sleep(0.001)
         for stream in streams:
             assert "injected" in ((await last(stream)).error or "")
 
@@ -291,6 +292,22 @@ def test_no_submission_falls_between_health_and_death(engine: Engine, monkeypatc
         async with started(engine) as served:
             await asyncio.gather(*[asyncio.to_thread(asyncio.run, client(served)) for _ in range(3)])
             assert refused == 3
+
+    run(test())
+
+
+def test_submissions_without_end_do_not_stop_the_steps(engine: Engine) -> None:
+    async def test() -> None:
+        async with started(engine) as served:
+
+            def again() -> None:
+                if not stop.is_set():
+                    served._calls.append(again)
+
+            stop = threading.Event()
+            served._calls.append(again)
+            assert (await last(served.submit([1], greedy(5)))).error is None
+            stop.set()
 
     run(test())
 

@@ -20,12 +20,13 @@ from tests.server.conftest import served
 REFERENCE = json.loads((Path(__file__).parent / "data" / "smollm2_reference.json").read_text())
 CASES: list[dict[str, Any]] = REFERENCE["cases"]
 NEAR_TIE = 0.02  # gap of the reference's own two best logits below which either may win
+OPTIONS: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 512}
 GREEDY = SamplingParams(temperature=0, max_tokens=REFERENCE["max_tokens"])
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("smollm2", max_model_len=1024) as llm:
+    with LLM("smollm2", **OPTIONS) as llm:
         yield llm
         llm.engine.check_integrity()
         assert llm.engine.scheduler.pool.num_held == 0
@@ -83,7 +84,7 @@ def test_bad_words_do_not_appear(llm: LLM) -> None:
 @pytest.fixture(scope="module")
 def client() -> Iterator[OpenAI]:
     """The real server on a real socket."""
-    engine = AsyncEngine.from_config(EngineConfig.from_options(model="smollm2", max_model_len=1024))
+    engine = AsyncEngine.from_config(EngineConfig.from_options(model="smollm2", **OPTIONS))
     with served(engine, ServerConfig(port=0)) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     engine.engine.check_integrity()
