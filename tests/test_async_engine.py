@@ -14,6 +14,7 @@ from jaxserve.async_engine import AsyncEngine, RequestStream
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from jaxserve.outputs import RequestOutput
+from jaxserve.replicas import Replicas
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from tests.tiny import assert_greedy, greedy, tiny_engine, with_limits
 
@@ -50,7 +51,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @asynccontextmanager
-async def started(engine: Engine) -> AsyncIterator[AsyncEngine]:
+async def started(engine: Engine | Replicas) -> AsyncIterator[AsyncEngine]:
     served = AsyncEngine(engine)
     served.start()
     try:
@@ -83,6 +84,26 @@ def test_streams_give_the_oracles_tokens(engine: Engine) -> None:
                 tokens = [t async for output in stream for t in output.outputs[0].token_ids]
                 assert len(tokens) == 10
                 assert_greedy([i, 2, 3], tokens)
+
+    run(test())
+
+
+def test_replicas_behind_one_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [with_limits(tiny_engine(), max_num_queued_tokens=6, max_num_queued_reqs=20) for _ in range(2)]
+    for engine in engines:
+        monkeypatch.setattr(engine.runner, "shutdown", lambda: None)
+
+    async def test() -> None:
+        async with started(Replicas(engines)) as served:
+            streams = []
+            while len(streams) < 20:
+                try:
+                    streams.append((len(streams), served.submit([len(streams), 2, 3], greedy(10))))
+                except QueueFullError:  # until the prompts before it are computed, whichever replica does
+                    await asyncio.sleep(0.005)
+            for i, stream in streams:
+                assert_greedy([i, 2, 3], (await last(stream)).outputs[0].token_ids)
+            assert not served._admission._samples and not served._admission._waiting_tokens
 
     run(test())
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxserve.programs import Buckets, choose_buckets
+from jaxserve.runner import InFlight
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.step_plan import StepPlan
 from tests.tiny import compiled_programs, greedy, run, tiny_engine
 
 
@@ -59,6 +63,21 @@ def test_nothing_compiles_after_ready(compiled_in_steps: list[str]) -> None:
     engine.abort(aborted)
     run(engine)
     assert compiled_in_steps == []
+
+
+def test_a_compilation_in_a_step_is_seen(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    dispatch = engine.runner.dispatch
+
+    def compile_and_dispatch(plan: StepPlan) -> InFlight:
+        jax.jit(lambda x: x + 1)(jnp.zeros(3))
+        return dispatch(plan)
+
+    monkeypatch.setattr(engine.runner, "dispatch", compile_and_dispatch)
+    engine.add_request([1], greedy(1))
+    engine.step()
+    assert any("lambda" in name for name in compiled_in_steps), compiled_in_steps
+    del compiled_in_steps[:]
 
 
 def test_the_pool_is_updated_in_place() -> None:
