@@ -54,7 +54,7 @@ class Trace:
 
 TRACES = {
     "alpaca": Trace(mean_in=19, mean_out=58, sigma=0.6, low=4, high_in=64, high_out=128),
-    "sharegpt": Trace(mean_in=161, mean_out=96, sigma=0.8, low=8, high_in=384, high_out=128),
+    "sharegpt": Trace(mean_in=161, mean_out=80, sigma=0.8, low=8, high_in=384, high_out=96),
 }
 
 
