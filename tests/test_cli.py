@@ -379,9 +379,13 @@ def test_ctrl_c_stops_the_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     stop = threading.Event()
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert cli.main(["chat", "m"]) == 0
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
+    try:
+        thread.start()
+        assert cli.main(["chat", "m"]) == 0
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out.count("(stopped)") == 2
     assert len(engine.aborted) == 2 and not engine.running
     assert asked(engine, 1).startswith("user: go\nassistant: x")
