@@ -1,6 +1,6 @@
 """How much KV memory sharing saves: pages held by parallel samples and by beams, against the sum of what each would hold alone.
 
-usage: python bench/sharing.py [--model MODEL] [--out FILE]
+usage: python bench/sharing.py [--model MODEL] [--traces NAME ...] [--out FILE]
 
 Prompts are pieces of English text (the Python language reference, which every Python brings), of lengths drawn with a fixed seed
 to resemble Alpaca's and ShareGPT's; outputs have the drawn length (EOS ignored). A prompt is submitted when there are slots for
@@ -103,6 +103,7 @@ def measure(engine: Any, trace: Trace, *, beams: bool, width: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--traces", nargs="+", choices=list(TRACES), default=list(TRACES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sharing.json")
     args = parser.parse_args()
 
@@ -124,7 +125,8 @@ def main() -> None:
     }
     with LLM(args.model, enable_prefix_caching=False, **options) as llm:
         result["page_size"] = llm.engine.scheduler.page_size
-        for name, trace in TRACES.items():
+        for name in args.traces:
+            trace = TRACES[name]
             for beams in (False, True):
                 for width in WIDTHS:
                     run = {"trace": name, "method": "beams" if beams else "samples", "width": width}

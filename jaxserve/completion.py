@@ -20,28 +20,39 @@ class Completion:
         params = request.group.params
         self.request = request
         self._params = params
-        self._stop_ids = request.group.stop_ids
         self._detokenizer = Detokenizer(tokenizer, params) if tokenizer is not None and params.detokenize else None
+        self._num_read = request.num_prompt_tokens  # tokens that the detokenizer has been given, or must not be
         self._num_given = 0  # tokens that DELTA outputs have carried
         self._changed = True
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Takes the next sampled token, and decides whether the request ends with it."""
+        self.request.token_ids.append(token_id)
+        if logprobs is not None and self.request.logprobs is not None:
+            self.request.logprobs.append(logprobs)
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Decides whether the request ends with its last token; takes in all tokens since the last look."""
         request = self.request
-        request.token_ids.append(token_id)
         self._changed = True
-        if logprobs is not None and request.logprobs is not None:
-            request.logprobs.append(logprobs)
-        at_stop_id = token_id in self._stop_ids and request.num_output_tokens > self._params.min_tokens
-        if self._detokenizer is not None and (not at_stop_id or self._params.include_stop_str_in_output):
-            matched = self._detokenizer.append((token_id,))
-            if matched is not None:
-                self.end("stop", matched)
-                return
-        if at_stop_id:
+        token_id = request.token_ids[-1]
+        at_stop_id = token_id in request.stop_ids and request.num_output_tokens > self._params.min_tokens
+        is_shown = not at_stop_id or self._params.include_stop_str_in_output
+        matched = self._read(len(request.token_ids) - (not is_shown))
+        if matched is not None:
+            self.end("stop", matched)
+        elif at_stop_id:
             self.end("stop", token_id if token_id in self._params.stop_token_ids else None)
         elif len(request.token_ids) >= request.max_num_tokens:
             self.end("length")
+
+    def _read(self, end: int) -> str | None:
+        """Makes text of the tokens before `end`; returns the stop string that has ended it."""
+        if self._detokenizer is None:
+            return None
+        start, self._num_read = self._num_read, end
+        return self._detokenizer.append(self.request.token_ids[start:end])
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Marks the request as ended; the engine then takes it out of the scheduler."""
@@ -50,6 +61,11 @@ class Completion:
         self._changed = True
         if self._detokenizer is not None:
             self._detokenizer.finish()
+
+    def cut_off(self, reason: FinishReason) -> None:
+        """Ends the request between two tokens."""
+        self._read(len(self.request.token_ids))
+        self.end(reason)
 
     def output(self) -> CompletionOutput | None:
         """What there is to show; None where nothing is new under OutputKind.DELTA."""

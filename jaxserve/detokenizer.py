@@ -50,6 +50,10 @@ class Detokenizer:
         Returns:
             the stop string that has ended the text.
         """
+        if not self._stops:
+            self.num_tokens += len(token_ids)
+            self._add(self._decoder.decode(b"".join([self._bytes_of(i) for i in token_ids if i not in self._skipped])))
+            return None
         for token_id in token_ids:
             if self.stop is not None:
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,15 +17,14 @@ from jaxserve.beam_search import BeamSearch
 from jaxserve.completion import Completion, group_output, is_live
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
+from jaxserve.intake import Intake
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
-from jaxserve.plan import NO_TARGET
 from jaxserve.reporter import Reporter
 from jaxserve.request import Request, RequestGroup
-from jaxserve.runner import InFlight, Runner
-from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
-from jaxserve.step_results import likeliest, token_logprobs
+from jaxserve.step_runner import InFlight, StepRunner
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
@@ -41,14 +40,13 @@ class Engine:
     Attributes:
         config: resolved: nothing is None that the engine needs.
         default_sampling: the model's own sampling defaults.
-        answered: ids of the requests whose first token came with the last `collect`.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: StepRunner,
         tokenizer: Tokenizer | None,
         *,
         vocab_size: int,
@@ -56,6 +54,7 @@ class Engine:
         default_sampling: dict[str, Any] | None = None,
         description: dict[str, str] | None = None,
         observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.scheduler = scheduler
@@ -65,10 +64,10 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.default_sampling = default_sampling or {}
         self.description = description or {}
-        self.answered: list[str] = []
-        self._reporter = Reporter(observer)
+        self._clock = clock
         self._groups: dict[str, RequestGroup] = {}
         self._completions: dict[Request, Completion] = {}
+        self._intake = Intake(scheduler, runner, self._completions, tokenizer, Reporter(observer, clock), clock)
         self._before: InFlight | None = None  # the step before the one in flight, while it is not collected
         self._in_flight: InFlight | None = None
         self._failures = 0
@@ -82,13 +81,18 @@ class Engine:
         return self.config.model.max_model_len
 
     @property
+    def answered(self) -> list[str]:
+        """Ids of the requests whose first token came with the last `collect`."""
+        return self._intake.answered
+
+    @property
     def has_work(self) -> bool:
         return bool(self._groups) or self._in_flight is not None or self._before is not None
 
     @property
     def is_ready(self) -> bool:
         """Whether `collect` would not wait for the device."""
-        return self._before is None or self._before.is_ready
+        return self._before is None or self.runner.is_ready(self._before)
 
     def add_request(
         self,
@@ -121,6 +125,7 @@ class Engine:
             bad_word_ids=self._bad_words(params),
             prompt=prompt,
             cache_salt=cache_salt,
+            arrival_s=self._clock(),
         )
         if params.use_beam_search:
             group.beams = BeamSearch(group, self.scheduler, self._completions, self.tokenizer)
@@ -141,8 +146,8 @@ class Engine:
             return
         for request in group.requests:
             if is_live(request):
-                self._completions[request].end("abort")
-                self._finish(request)
+                self._completions[request].cut_off("abort")
+                self._intake.finish(request)
         self._forget(group)
 
     def step(self) -> list[RequestOutput]:
@@ -172,7 +177,7 @@ class Engine:
 
     def collect(self) -> list[RequestOutput]:
         """The second half of a step: waits for the step before the one that was dispatched last, and takes in its results."""
-        self.answered = []
+        self._intake.answered.clear()
         before, self._before = self._before, None
         if before is None:
             return []
@@ -229,7 +234,7 @@ class Engine:
             )
 
     def _record_scheduled(self, step: InFlight) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for row in step.plan.rows:
             if row.request.scheduled_s is None:
                 row.request.scheduled_s = now
@@ -238,61 +243,12 @@ class Engine:
 
     def _take_in(self, step: InFlight) -> list[RequestOutput]:
         """Gives each sampled token to its request and collects what the users see."""
-        results = self.runner.collect(step)
-        now = time.monotonic()
-        changed: dict[str, RequestGroup] = {}
-        num_sampled = 0
-        tokens = results["tokens"].tolist() if step.rows else []
-        text = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
-        for i, row in enumerate(step.rows):
-            request = row.request
-            if row.target != NO_TARGET:
-                count = request.group.params.prompt_logprobs or 0
-                request.prompt_logprobs[row.position] = token_logprobs(results, i, row.target, count, text)
-                continue
-            request.num_in_flight -= 1
-            if not is_live(request):
-                continue
-            num_sampled += 1
-            group = request.group
-            self._record_token(request, now)
-            if (beams := group.beams) is not None:
-                changed[group.request_id] = group
-                for ended in beams.take(request, *likeliest(results, i, beams.num_candidates)):
-                    self._finish(ended)
-                continue
-            wanted = group.params.logprobs
-            logprobs = None if wanted is None else token_logprobs(results, i, tokens[i], wanted, text)
-            if "logprob" in results:
-                request.cumulative_logprob += float(results["logprob"][i])
-            self._completions[request].append(tokens[i], logprobs)
-            self._after_token(request)
-            if request.finish_reason is not None or group.params.output_kind is not OutputKind.FINAL_ONLY:
-                changed[group.request_id] = group
+        changed = self._intake.take(step)
         outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
         for group in changed.values():
             if group.finished:
                 self._forget(group)
-        self._reporter.on_step(step.plan, self.scheduler, num_sampled)
         return outputs
-
-    def _record_token(self, request: Request, now: float) -> None:
-        self._reporter.on_token(request, now)
-        if request.first_token_s is None:
-            request.first_token_s = now
-            self.answered.append(request.group.request_id)
-        request.last_token_s = now
-
-    def _after_token(self, request: Request) -> None:
-        if request.finish_reason is not None:
-            self._finish(request)
-            return
-        if len(request.token_ids) % self.scheduler.page_size == 0:
-            self.scheduler.record_computed_pages(request)
-        if request.needs_host and (bans := request.group.banned_next(request.output_token_ids)) != request.bans:
-            request.bans = bans
-            if request.is_placed:  # else the row is written when it gets a slot again
-                self.runner.set_shaping(request)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The token sequences that spell each bad word, at the start of a text and after a space."""
@@ -302,11 +258,6 @@ class Engine:
         words = [w for word in params.bad_words for w in (word.lstrip(), " " + word.lstrip())]
         ids = [tuple(self.tokenizer.encode(word, add_special_tokens=False)) for word in words]
         return tuple(dict.fromkeys(word for word in ids if word))
-
-    def _finish(self, request: Request) -> None:
-        self.scheduler.record_computed_pages(request)
-        self.scheduler.finish(request)
-        self._reporter.on_finished(request)
 
     def _forget(self, group: RequestGroup) -> None:
         del self._groups[group.request_id]
@@ -329,7 +280,7 @@ class Engine:
         for group in list(self._groups.values()):
             for request in group.requests:
                 if is_live(request):
-                    self._completions[request].end("error")
+                    self._completions[request].cut_off("error")
                     self.scheduler.finish(request)
             output = group_output(group, self._completions, error)
             outputs += [output] if output is not None else []

@@ -30,10 +30,11 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """New tokens of one request: seconds since its arrival (first tokens) or since its previous tokens."""
+    """A new token of a request, or of several alike: seconds since its arrival (its first one) or since its previous one."""
 
     is_first: bool
     seconds: float
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

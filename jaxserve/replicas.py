@@ -102,7 +102,7 @@ class Replicas:
         while not (ready := [engine for engine in working if engine.is_ready]) and working:
             time.sleep(POLL_S)
         for engine in self.engines:
-            engine.answered = []
+            engine.answered.clear()
         return self._ended([output for engine in ready for output in engine.collect()])
 
     def fail_all(self, error: str) -> list[RequestOutput]:

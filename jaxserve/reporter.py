@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
 from jaxserve.outputs import FinishReason
@@ -14,14 +15,22 @@ from jaxserve.step_plan import StepPlan
 class Reporter:
     """Turns requests and plans into plain numbers, if there is anybody to read them."""
 
-    def __init__(self, observer: Observer | None) -> None:
+    def __init__(self, observer: Observer | None, clock: Callable[[], float]) -> None:
         self._observer = observer
+        self._clock = clock
 
-    def on_token(self, request: Request, now: float) -> None:
-        """A token of a request has come in; call it before the request's times are set to `now`."""
-        if self._observer is not None:
-            since = request.group.arrival_s if request.last_token_s is None else request.last_token_s
-            self._observer.on_tokens(TokenStats(request.first_token_s is None, now - since))
+    def on_tokens(self, requests: Sequence[Request], now: float) -> None:
+        """These requests have got a token. Most got their last ones together, so that one report serves them all."""
+        if self._observer is None:
+            return
+        before = Counter([request.last_token_s for request in requests])
+        for last_s, count in before.items():
+            if last_s is not None:
+                self._observer.on_tokens(TokenStats(is_first=False, seconds=now - last_s, count=count))
+        for request in requests:
+            if request.last_token_s is None:
+                self._observer.on_tokens(TokenStats(is_first=True, seconds=now - request.group.arrival_s))
+            request.last_token_s = now
 
     def on_step(self, plan: StepPlan, scheduler: Scheduler, num_sampled: int) -> None:
         """A step's results are taken in."""
@@ -47,7 +56,7 @@ class Reporter:
         """A request has ended, however it did."""
         if self._observer is None:
             return
-        now, group = time.monotonic(), request.group
+        now, group = self._clock(), request.group
         scheduled = request.scheduled_s or now
         first = request.first_token_s or now
         reason: FinishReason = request.finish_reason or "abort"

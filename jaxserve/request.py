@@ -32,7 +32,7 @@ from jaxserve.plan import (
 )
 from jaxserve.prefix_cache import PageKey, page_key, root_key
 from jaxserve.sampler import MAX_LOGPROBS, Mode
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.shaping import Shaping, host_row
 
 if TYPE_CHECKING:
@@ -90,12 +90,16 @@ class Request:
         num_computed: tokens whose keys and values are in the pool once the dispatched steps have run.
         pages: pages held, in order; the device's table knows the first num_pages_sent of them.
         order: sorts waiting and running requests; smaller goes first and is preempted last.
+        decodes_until: while fewer tokens than this are computed, a step computes the newest one and there is nothing to decide:
+            no page to take or copy, no limit to heed, no choice for the host. 0 where that is not so.
         num_passed: how often a later request was admitted past this one.
         is_placed: whether a planned step has given its sampling parameters to its slot.
         shares_pages: whether it has forked, so that a page it writes may be another's too.
         bans: token ids that must not come next.
         needs_host: the host must see each token before the next is sampled (beams; bans that depend on the text so far).
         is_held: the host has the results of its last token, and has yet to choose the next one.
+        is_silent: nobody looks at a token before the last one, so that it is only kept.
+        wants_all_logprobs: log probabilities of the whole vocabulary are asked.
     """
 
     def __init__(self, group: RequestGroup, index: int, seed: int, order: tuple[int, int]) -> None:
@@ -105,9 +109,11 @@ class Request:
         self.status = Status.WAITING
         self.token_ids = list(group.prompt_token_ids)
         self.num_prompt_tokens = len(group.prompt_token_ids)
+        self.stop_ids = group.stop_ids
         self.max_num_tokens = self.num_prompt_tokens + group.max_output_tokens
         self.num_in_flight = 0
         self.num_computed = 0
+        self.decodes_until = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_passed = 0
@@ -131,13 +137,11 @@ class Request:
         self.mode_rank = MODES.index(sampling_mode(group.params, bool(self.sample_fields[SHAPED])))
         self.bans = group.banned_next(())
         self.needs_host = group.beams is not None or any(len(word) > 1 for word in group.bad_word_ids)
-
-    @property
-    def wants_all_logprobs(self) -> bool:
-        """Whether log probabilities of the whole vocabulary are asked."""
-        params, beams = self.group.params, self.group.beams
-        wanted = (params.logprobs, params.prompt_logprobs, beams.num_candidates if beams is not None else None)
-        return any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
+        is_shown = group.params.output_kind is not OutputKind.FINAL_ONLY or bool(group.params.stop)
+        self.is_silent = not (is_shown or self.needs_host or self.has_logprobs)
+        num_candidates = group.beams.num_candidates if group.beams is not None else None
+        wanted = (group.params.logprobs, group.params.prompt_logprobs, num_candidates)
+        self.wants_all_logprobs = any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
 
     @property
     def has_logprobs(self) -> bool:

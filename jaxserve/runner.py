@@ -1,11 +1,10 @@
-"""The device side of the engine: weights, state and compiled programs; packs a StepPlan, dispatches it, brings results back.
+"""The device side of the engine: weights, state and compiled programs; dispatches a StepPlan and brings its results back.
 
 Nothing here waits for the device except `collect`, and nothing eager runs between steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,55 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.models.interface import CacheSpec
+from jaxserve.packing import Packer
 from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
-from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SHAPED, SLOT, TARGET, PlanBuffer
+from jaxserve.plan import SHAPED
 from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
 from jaxserve.step import DeviceState, Weights
 from jaxserve.step_plan import StepPlan
+from jaxserve.step_results import StepResults
+from jaxserve.step_runner import InFlight
 
 MODES = list(Mode)
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """Whose a sampled row of logits is.
-
-    Attributes:
-        position: of the token that the row gives.
-        target: a prompt token whose log probability is asked; NO_TARGET where the row is sampled.
-    """
-
-    request: Request
-    position: int
-    target: int = NO_TARGET
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """A dispatched step whose results are on their way to the host."""
-
-    plan: StepPlan
-    rows: list[SampleRow]
-    outputs: dict[str, jax.Array]
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the results are there."""
-        return all(output.is_ready() for output in self.outputs.values())  # type: ignore[attr-defined]  # jax's stub lacks it
-
-
 class Runner:
-    """Runs steps, strictly in order, on one mesh."""
+    """Runs steps, strictly in order, on one mesh. A StepRunner."""
 
     def __init__(self, weights: Weights, programs: Programs, inputs: ProgramInputs) -> None:
         self.programs = programs
         self.buckets = inputs.buckets
         self._inputs = inputs
         self._weights = weights
-        self._sample_fields = np.zeros((inputs.num_slots, SAMPLE_FIELDS), np.int32)
+        self._packer = Packer(inputs.buckets, inputs.num_slots)
         self.reset()
 
     def reset(self) -> None:
@@ -75,17 +49,26 @@ class Runner:
         """Sends one step on its way; returns before the device has run it."""
         if plan.page_copies:
             self._copy_pages(plan.page_copies)
-        shape = self.buckets.choose(len(plan.rows), plan.num_tokens, plan.num_samples, plan.num_page_updates)
-        buffer = PlanBuffer(shape, self._inputs.num_slots, self.buckets.plan_size)
-        rows = self._pack(plan, buffer)
+        for request in plan.placed:
+            if request.sample_fields[SHAPED]:
+                self.set_shaping(request)
+        rows = plan.sample_rows()
+        buffer = self._packer.pack(plan, rows)
+        shape = buffer.shape
         self._packed = self.programs.others["stage"](self._send(buffer.packed), self._packed)
         self._state, self._results[shape.num_samples] = self.programs.forward[shape](
             self._weights, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
-        return InFlight(plan, rows, self._sample(shape.num_samples, rows) if rows else {})
+        sampled = plan.decodes + [row.request for row in rows]
+        return InFlight(plan, rows, self._sample(shape.num_samples, sampled) if sampled else {})
 
     @staticmethod
-    def collect(step: InFlight) -> dict[str, NDArray[Any]]:
+    def is_ready(step: InFlight) -> bool:
+        """Whether the results are there."""
+        return all(output.is_ready() for output in step.outputs.values())
+
+    @staticmethod
+    def collect(step: InFlight) -> StepResults:
         """Waits for a step's results."""
         return {name: np.asarray(output) for name, output in step.outputs.items()}
 
@@ -105,13 +88,13 @@ class Runner:
         sent: jax.Array = jax.device_put(array, self._inputs.shardings.replicated)
         return sent
 
-    def _sample(self, num_samples: int, rows: list[SampleRow]) -> dict[str, jax.Array]:
-        mode = MODES[max(row.request.mode_rank for row in rows)]
+    def _sample(self, num_samples: int, sampled: list[Request]) -> dict[str, jax.Array]:
+        mode = MODES[max([request.mode_rank for request in sampled])]
         program = self.programs.sample[num_samples, mode]
         shaping = self._shaping if mode.needs_shaping else None
         self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
-        if not any(row.request.wants_all_logprobs for row in rows):
+        if not any(request.wants_all_logprobs for request in sampled):
             outputs.pop("all_logprobs", None)
         for output in outputs.values():
             output.copy_to_host_async()
@@ -123,58 +106,6 @@ class Runner:
         sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
         caches = self.programs.others["copy_pages"](self._state.caches, self._send(sources), self._send(targets))
         self._state = DeviceState(caches, self._state.page_tables)
-
-    def _place(self, request: Request) -> None:
-        """Keeps the sampling parameters of a request that has just got its slot."""
-        self._sample_fields[request.slot] = request.sample_fields
-        self._sample_fields[request.slot, SLOT] = request.slot
-        if request.sample_fields[SHAPED]:
-            self.set_shaping(request)
-
-    def _pack(self, plan: StepPlan, buffer: PlanBuffer) -> list[SampleRow]:
-        """Writes the plan into the buffer; returns whose the sampled rows are, in order."""
-        rows: list[SampleRow] = []
-        token_ids: list[int] = []
-        logit_rows: list[int] = []
-        page_index: list[int] = []
-        page_id: list[int] = []
-        for row in plan.rows:
-            request, start, end = row.request, row.start, row.start + row.num_tokens
-            for placed in row.placed:
-                self._place(placed)
-            at = len(token_ids)
-            token_ids += request.token_ids[start:end] or (ON_DEVICE,)
-            if row.new_pages < len(request.pages):
-                first = request.slot * self.buckets.pages_per_slot
-                page_index += range(first + row.new_pages, first + len(request.pages))
-                page_id += request.pages[row.new_pages :]
-            for offset in range(row.num_targets):
-                logit_rows.append(at + offset)
-                position = start + offset + 1
-                rows.append(SampleRow(request, position, request.token_ids[position]))
-            for sampled in row.samples:
-                logit_rows.append(len(token_ids) - 1)
-                rows.append(SampleRow(sampled, end))
-        count = len(plan.rows)
-        buffer.token_ids[: len(token_ids)] = token_ids
-        buffer.row_slot[:count] = [row.request.slot for row in plan.rows]
-        buffer.row_position[:count] = [row.start for row in plan.rows]
-        buffer.row_tokens[:count] = [row.num_tokens for row in plan.rows]
-        buffer.num_single_rows[0] = int((buffer.row_tokens == 1).sum())
-        buffer.page_index[: len(page_index)] = page_index
-        buffer.page_id[: len(page_id)] = page_id
-        buffer.logit_rows[: len(rows)] = logit_rows
-        if rows:
-            self._pack_samples(rows, buffer)
-        return rows
-
-    def _pack_samples(self, rows: list[SampleRow], buffer: PlanBuffer) -> None:
-        samples = buffer.samples[: len(rows)]
-        samples[:] = self._sample_fields[[row.request.slot for row in rows]]
-        samples[:, POSITION] = [row.position for row in rows]
-        targets = np.array([row.target for row in rows], np.int32)
-        samples[:, TARGET] = targets
-        samples[targets != NO_TARGET, SLOT] = self._inputs.num_slots  # these rows sample nothing
 
 
 def abstract_state(

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.request import Request, Status
+from jaxserve.slots import Slots
 from jaxserve.step_plan import PlanRow, StepPlan
 
 MAX_PASSED = 64  # admissions past a waiting request that does not fit, before the queue waits for it
+MAX_LOOKED_AT = 32  # waiting requests that do not fit, before a step stops looking for one that does
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,15 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self._free_slots = list(range(limits.max_num_seqs))[::-1]
-        self._tables: list[list[int]] = [[] for _ in self._free_slots]  # what free slots' tables hold on the device
+        self._slots = Slots(limits.max_num_seqs)
 
     @property
     def has_requests(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._slots.num_free
 
     def add(self, request: Request) -> None:
         """Queues a request; the order among waiting ones is Request.order."""
@@ -69,11 +74,11 @@ class Scheduler:
         Held requests wait for others: where those cannot run beside them, they give up their slots and pages.
         """
         plan = self._plan()
-        while not plan.rows and (victim := self._last_held()) is not None:
+        while not plan.num_rows and (victim := self._last_held()) is not None:
             self._preempt(victim)
             plan = self._plan()
         plan.rows.sort(key=lambda row: row.num_tokens > 1)
-        return plan if plan.rows else None
+        return plan if plan.num_rows else None
 
     def _last_held(self) -> Request | None:
         """The held request that gives way when nothing runs any more."""
@@ -84,7 +89,7 @@ class Scheduler:
     def _plan(self) -> StepPlan:
         plan = StepPlan()
         preemptions = self.num_preemptions
-        wanted = [(r.num_to_compute, r) for r in self.running]
+        wanted = [(r.num_to_compute, r) for r in self._plan_decodes(plan)]
         order = [r for n, r in wanted if n == 1] + [r for n, r in wanted if n > 1]
         for num_behind, request in zip(range(len(order) - 1, -1, -1), order, strict=True):
             self._continue(request, plan, num_behind)
@@ -108,7 +113,7 @@ class Scheduler:
             self._preempt(request)
         for request in self.waiting:
             request.num_in_flight = 0  # those results are lost
-        self._tables = [[] for _ in self._tables]
+        self._slots.forget_tables()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
 
@@ -117,8 +122,7 @@ class Scheduler:
         self.pool.check_integrity()
         if self.prefix_cache is not None:
             self.prefix_cache.check_integrity()
-        slots = sorted([r.slot for r in self.running] + self._free_slots)
-        assert slots == list(range(self.limits.max_num_seqs)), "a slot is lost or used twice"
+        self._slots.check_integrity([r.slot for r in self.running])
         held = [page for r in self.running for page in r.pages]
         for page in set(held):
             assert self.pool.holders(page) == held.count(page), f"page {page} has a wrong number of holders"
@@ -127,14 +131,30 @@ class Scheduler:
 
     # Running requests
 
+    def _plan_decodes(self, plan: StepPlan) -> list[Request]:
+        """Plans the next token of every request about which there is nothing to decide; returns the other running ones."""
+        if len(self.running) > self.limits.max_num_batched_tokens:
+            return self.running
+        others = []
+        for request in self.running:
+            if request.num_computed < request.decodes_until:
+                request.num_computed += 1
+                request.num_in_flight += 1
+                plan.decodes.append(request)
+            else:
+                others.append(request)
+        plan.num_tokens = plan.num_samples = len(plan.decodes)
+        return others
+
     def _continue(self, request: Request, plan: StepPlan, num_behind: int) -> None:
         """Plans a running request's next tokens; preempts others, or itself, where the pool is full."""
         wanted = self._chunk(request, plan, num_behind)
         if request.status is not Status.RUNNING or wanted <= 0:
             return
+        self.record_computed_pages(request)
         while not self._reserve(request, request.num_computed + wanted, plan):
             victim = max(self.running, key=lambda r: (r.order, r.is_held))
-            self._unplan(victim, plan)
+            plan.drop(victim)
             self._preempt(victim)
             plan.page_copies = [copy for copy in plan.page_copies if self.pool.holders(copy[1])]
             if victim is request:
@@ -172,6 +192,7 @@ class Scheduler:
             self.pool.release(request.pages[index])
             request.pages[index] = page
             request.num_pages_sent = min(request.num_pages_sent, index)
+        request.shares_pages = False  # from here on it writes to pages of its own
         return True
 
     def _allocate(self) -> int:
@@ -186,30 +207,13 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(request)
 
-    def _unplan(self, request: Request, plan: StepPlan) -> None:
-        for row in list(plan.rows):
-            if request in row.samples:
-                row.samples.remove(request)
-                plan.num_samples -= 1
-                request.num_in_flight -= 1
-            if request in row.placed:
-                row.placed.remove(request)
-            if row.request is request:
-                assert not row.samples, "a request is preempted before those that forked from it"
-                plan.rows.remove(row)
-                plan.num_tokens -= row.num_tokens
-                plan.num_samples -= row.num_targets
-                plan.num_page_updates -= request.num_pages_sent - row.new_pages
-                request.num_pages_sent = row.new_pages
-
     def _free(self, request: Request) -> None:
-        self._tables[request.slot] = request.pages[: request.num_pages_sent]
+        self._slots.give_back(request.slot, request.pages[: request.num_pages_sent])
         # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
         for page in reversed(request.pages):
             self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
         request.pages.clear()
-        request.num_pages_sent = request.num_pages_cached = request.num_computed = 0
-        self._free_slots.append(request.slot)
+        request.num_pages_sent = request.num_pages_cached = request.num_computed = request.decodes_until = 0
         request.slot = -1
         request.is_placed = request.shares_pages = False
 
@@ -218,9 +222,9 @@ class Scheduler:
         num_targets = 0
         if self._wants_prompt_logprobs(request):
             num_targets = min(start + num_tokens, request.num_prompt_tokens - 1) - start
-        row = PlanRow(request, start, num_tokens, [], request.num_pages_sent, num_targets, [])
+        row = PlanRow(request, start, num_tokens, [], request.num_pages_sent, num_targets)
         if not request.is_placed:
-            self._place(request, row)
+            self._place(request, plan)
         plan.rows.append(row)
         plan.num_tokens += num_tokens
         plan.num_samples += num_targets
@@ -229,12 +233,14 @@ class Scheduler:
         request.num_pages_sent = len(request.pages)
         if request.num_computed == request.num_tokens:
             self._add_sample(request, row, plan)
+            if not request.needs_host:
+                request.decodes_until = min(len(request.pages) * self.page_size, request.max_num_tokens - 1)
             if request.group.unforked:
                 self._fork_group(row, plan, num_behind)
 
     @staticmethod
-    def _place(request: Request, row: PlanRow) -> None:
-        row.placed.append(request)
+    def _place(request: Request, plan: StepPlan) -> None:
+        plan.placed.append(request)
         request.is_placed = True
 
     @staticmethod
@@ -250,6 +256,7 @@ class Scheduler:
         for page in parent.pages:
             self.pool.share(page)
         parent.shares_pages = child.shares_pages = True
+        parent.decodes_until = 0  # the page it writes next is to be copied
         child.pages = list(parent.pages)
         child.num_computed = parent.num_computed
         child.num_cached_tokens = parent.num_cached_tokens
@@ -258,17 +265,13 @@ class Scheduler:
         child.scheduled_s = parent.scheduled_s
         self._run(child)
 
-    @property
-    def num_free_slots(self) -> int:
-        return len(self._free_slots)
-
     def _fork_group(self, row: PlanRow, plan: StepPlan, num_behind: int) -> None:
         """A prompt that is computed to its end gives a first token to the request's siblings as well."""
         siblings, row.request.group.unforked = row.request.group.unforked, []
         for sibling in siblings:
-            if self._free_slots and plan.num_samples + num_behind < self.limits.max_num_seqs:
+            if self.num_free_slots and plan.num_samples + num_behind < self.limits.max_num_seqs:
                 self.fork(row.request, sibling)
-                self._place(sibling, row)
+                self._place(sibling, plan)
                 self._add_sample(sibling, row, plan)
             else:
                 self.add(sibling)
@@ -276,23 +279,28 @@ class Scheduler:
     def _run(self, request: Request) -> None:
         self.running.append(request)
         request.status = Status.RUNNING
-        request.slot = self._free_slots.pop()
-        request.num_pages_sent = _num_equal(request.pages, self._tables[request.slot])
+        request.slot, request.num_pages_sent = self._slots.take(request.pages)
 
     # Admission
 
     def _admit(self, plan: StepPlan) -> None:
         """Starts waiting requests in order. One that does not fit is passed by smaller ones, but not for ever."""
         passed: list[Request] = []
-        for request in [r for r in self.waiting if not r.is_held]:
-            if not self._free_slots or plan.num_samples >= self.limits.max_num_seqs:
+        position = 0  # among the waiting ones; those that start leave it
+        while position < len(self.waiting) and len(passed) < MAX_LOOKED_AT:
+            if not self.num_free_slots or plan.num_samples >= self.limits.max_num_seqs:
                 break
             if plan.num_tokens >= self.limits.max_num_batched_tokens:
                 break
+            request = self.waiting[position]
+            if request.is_held:
+                position += 1
+                continue
             if request.num_in_flight or not self._fits(request, plan):
                 if request.num_passed >= MAX_PASSED:
                     break
                 passed.append(request)
+                position += 1
                 continue
             self._start(request, plan)
             for skipped in passed:
@@ -330,8 +338,3 @@ class Scheduler:
         self.waiting.remove(request)
         self._run(request)
         self._add_row(request, self._chunk(request, plan, num_behind=0), plan)
-
-
-def _num_equal(pages: list[int], table: list[int]) -> int:
-    """How many pages at the beginning are the same."""
-    return next((i for i, (a, b) in enumerate(zip(pages, table, strict=False)) if a != b), min(len(pages), len(table)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxserve.plan import NO_TARGET
 from jaxserve.request import Request
 
 
@@ -17,7 +18,6 @@ class PlanRow:
             from it; none while the prompt is not computed to its end.
         new_pages: index of the first page that the device's table does not know yet.
         num_targets: how many of the row's tokens are prompt tokens whose next token's log probability is wanted.
-        placed: requests that have just got their slot.
     """
 
     request: Request
@@ -26,24 +26,75 @@ class PlanRow:
     samples: list[Request]
     new_pages: int
     num_targets: int
-    placed: list[Request]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Whose a row of logits is.
+
+    Attributes:
+        position: of the token that the row gives.
+        target: a prompt token whose log probability is asked; NO_TARGET where the row is sampled.
+    """
+
+    request: Request
+    position: int
+    target: int = NO_TARGET
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step does. Rows with one token come first.
+    """What one step does. On the device `decodes` come first, then the rows with one token, then the others.
 
     Attributes:
+        decodes: requests that just go on: each computes its newest token, and gets the next one sampled.
+        rows: all other requests of the step.
+        placed: requests that have just got their slot.
         page_copies: (from, to) pages to copy before the step.
     """
 
+    decodes: list[Request] = field(default_factory=list)
     rows: list[PlanRow] = field(default_factory=list)
+    placed: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     num_samples: int = 0
     num_page_updates: int = 0
     page_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
-    def is_decode(self) -> bool:
-        """Whether every row has exactly one token."""
-        return self.num_tokens == len(self.rows)
+    def num_rows(self) -> int:
+        """Requests in the step."""
+        return len(self.decodes) + len(self.rows)
+
+    def sample_rows(self) -> list[SampleRow]:
+        """Whose the rows of logits are that follow those of `decodes`, in order."""
+        found = []
+        for row in self.rows:
+            for position in range(row.start + 1, row.start + 1 + row.num_targets):
+                found.append(SampleRow(row.request, position, row.request.token_ids[position]))
+            found += [SampleRow(request, row.start + row.num_tokens) for request in row.samples]
+        return found
+
+    def drop(self, request: Request) -> None:
+        """Takes out a request that is preempted after all, and what is to be sampled for it."""
+        if request in self.placed:
+            self.placed.remove(request)
+        if request in self.decodes:
+            self.decodes.remove(request)
+            self.num_tokens -= 1
+            self._unsample(request)
+        for row in list(self.rows):
+            if request in row.samples:
+                row.samples.remove(request)
+                self._unsample(request)
+            if row.request is request:
+                assert not row.samples, "a request is preempted before those that forked from it"
+                self.rows.remove(row)
+                self.num_tokens -= row.num_tokens
+                self.num_samples -= row.num_targets
+                self.num_page_updates -= request.num_pages_sent - row.new_pages
+                request.num_pages_sent = row.new_pages
+
+    def _unsample(self, request: Request) -> None:
+        self.num_samples -= 1
+        request.num_in_flight -= 1

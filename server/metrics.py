@@ -122,7 +122,7 @@ class EngineMetrics:
         if stats.is_first:
             self._first_token.observe(stats.seconds)
         else:
-            self._inter_token.observe(stats.seconds)
+            self._inter_token.observe(stats.seconds, stats.count)
 
     def on_finished(self, stats: FinishedStats) -> None:
         self._success[stats.finish_reason].inc()
@@ -156,9 +156,9 @@ class QuickHistogram(Collector):
         self._counts = [0] * (len(buckets) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=_MODEL)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.programs import Buckets, choose_buckets
-from jaxserve.runner import InFlight
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.step_plan import StepPlan
+from jaxserve.step_runner import InFlight
 from tests.tiny import compiled_programs, greedy, run, tiny_engine
 
 

@@ -1,0 +1,121 @@
+"""Intake: gives a step's results to the requests that they are for. Knows no schedule, and not what users are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from jaxserve.completion import Completion, is_live
+from jaxserve.plan import NO_TARGET
+from jaxserve.reporter import Reporter
+from jaxserve.request import Request, RequestGroup, Status
+from jaxserve.sampling_params import OutputKind
+from jaxserve.scheduler import Scheduler
+from jaxserve.step_results import StepResults, likeliest, token_logprobs
+from jaxserve.step_runner import InFlight, StepRunner
+
+if TYPE_CHECKING:
+    from jaxserve.tokenizer import Tokenizer
+
+Changed = dict[str, RequestGroup]
+"""Request id -> a group about which there may be something to show."""
+
+
+class Intake:
+    """Takes in steps, in the order in which they ran.
+
+    Attributes:
+        answered: ids of the requests whose first token came with the last step.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        completions: dict[Request, Completion],
+        tokenizer: Tokenizer | None,
+        reporter: Reporter,
+        clock: Callable[[], float],
+    ) -> None:
+        self.answered: list[str] = []
+        self._scheduler = scheduler
+        self._runner = runner
+        self._completions = completions
+        self._tokenizer = tokenizer
+        self._reporter = reporter
+        self._clock = clock
+
+    def take(self, step: InFlight) -> Changed:
+        """Waits for a step's results and gives each sampled token to its request."""
+        results = self._runner.collect(step)
+        now = self._clock()
+        changed: Changed = {}
+        tokens = results["tokens"].tolist() if results else []
+        taken = self._take_decodes(step, tokens, results, changed)
+        for i, row in enumerate(step.rows, start=len(step.plan.decodes)):
+            request = row.request
+            if row.target != NO_TARGET:
+                count = request.group.params.prompt_logprobs or 0
+                request.prompt_logprobs[row.position] = token_logprobs(results, i, row.target, count, self._token_text)
+                continue
+            request.num_in_flight -= 1
+            if is_live(request):
+                taken.append(request)
+                self._take_token(request, i, tokens[i], results, changed)
+                if request.first_token_s is None:
+                    request.first_token_s = now
+                    self.answered.append(request.group.request_id)
+        self._reporter.on_tokens(taken, now)
+        self._reporter.on_step(step.plan, self._scheduler, len(taken))
+        return changed
+
+    def finish(self, request: Request) -> None:
+        """Takes a request that has ended out of the scheduler."""
+        self._scheduler.record_computed_pages(request)
+        self._scheduler.finish(request)
+        self._reporter.on_finished(request)
+
+    def _take_decodes(self, step: InFlight, tokens: list[int], results: StepResults, changed: Changed) -> list[Request]:
+        """Gives the tokens of plan.decodes to those that still live, and returns these. Every request passes here in every step."""
+        finished, taken = Status.FINISHED, []
+        for i, request in enumerate(step.plan.decodes):
+            request.num_in_flight -= 1
+            if request.status is finished:
+                continue
+            taken.append(request)
+            if not request.is_silent:
+                self._take_token(request, i, tokens[i], results, changed)
+                continue
+            token_ids = request.token_ids
+            token_ids.append(tokens[i])
+            if len(token_ids) == request.max_num_tokens or tokens[i] in request.stop_ids:
+                self._completions[request].check_end()
+                if request.finish_reason is not None:
+                    self.finish(request)
+                    changed[request.group.request_id] = request.group
+        return taken
+
+    def _take_token(self, request: Request, row: int, token: int, results: StepResults, changed: Changed) -> None:
+        """Gives a request its next token, with all that it may have asked for."""
+        group = request.group
+        if (beams := group.beams) is not None:
+            changed[group.request_id] = group
+            for ended in beams.take(request, *likeliest(results, row, beams.num_candidates)):
+                self.finish(ended)
+            return
+        wanted = group.params.logprobs
+        logprobs = None if wanted is None else token_logprobs(results, row, token, wanted, self._token_text)
+        if request.has_logprobs:
+            request.cumulative_logprob += float(results["logprob"][row])
+        self._completions[request].append(token, logprobs)
+        if request.finish_reason is not None:
+            self.finish(request)
+        elif request.needs_host and (bans := group.banned_next(request.output_token_ids)) != request.bans:
+            request.bans = bans
+            if request.is_placed:  # else the row is written when it gets a slot again
+                self._runner.set_shaping(request)
+        if request.finish_reason is not None or group.params.output_kind is not OutputKind.FINAL_ONLY:
+            changed[group.request_id] = group
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

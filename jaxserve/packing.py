@@ -1,0 +1,79 @@
+"""Packer: writes a StepPlan into the buffer that is sent to the device. Keeps each slot's sampling parameters; knows no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SLOT, TARGET, PlanBuffer
+from jaxserve.programs import Buckets
+from jaxserve.step_plan import SampleRow, StepPlan
+
+
+class Packer:
+    """Packs plans, strictly in the order in which they run."""
+
+    def __init__(self, buckets: Buckets, num_slots: int) -> None:
+        self._buckets = buckets
+        self._num_slots = num_slots
+        self._sample_fields = np.zeros((num_slots, SAMPLE_FIELDS), np.int32)
+
+    def pack(self, plan: StepPlan, sampled: Sequence[SampleRow]) -> PlanBuffer:
+        """The plan in a buffer of the smallest size that holds it; `sampled` is plan.sample_rows()."""
+        for request in plan.placed:
+            self._sample_fields[request.slot] = request.sample_fields
+            self._sample_fields[request.slot, SLOT] = request.slot
+        shape = self._buckets.choose(plan.num_rows, plan.num_tokens, plan.num_samples, plan.num_page_updates)
+        buffer = PlanBuffer(shape, self._num_slots, self._buckets.plan_size)
+        self._pack_decodes(plan, buffer)
+        self._pack_rows(plan, buffer)
+        if sampled:
+            self._pack_sampled(sampled, len(plan.decodes), buffer)
+        return buffer
+
+    def _pack_decodes(self, plan: StepPlan, buffer: PlanBuffer) -> None:
+        count = len(plan.decodes)
+        slots = np.array([request.slot for request in plan.decodes], np.int32)
+        num_computed = np.array([request.num_computed for request in plan.decodes], np.int32)
+        buffer.token_ids[:count] = ON_DEVICE
+        buffer.row_slot[:count] = slots
+        buffer.row_position[:count] = num_computed - 1
+        buffer.row_tokens[:count] = 1
+        buffer.logit_rows[:count] = np.arange(count)
+        buffer.samples[:count] = self._sample_fields[slots]
+        buffer.samples[:count, POSITION] = num_computed
+
+    def _pack_rows(self, plan: StepPlan, buffer: PlanBuffer) -> None:
+        """Tokens, places and new pages of the rows, and where their logits are."""
+        token_ids: list[int] = []
+        logit_rows: list[int] = []
+        page_index: list[int] = []
+        page_id: list[int] = []
+        first = len(plan.decodes)
+        for row in plan.rows:
+            request, at = row.request, first + len(token_ids)
+            token_ids += request.token_ids[row.start : row.start + row.num_tokens] or (ON_DEVICE,)
+            if row.new_pages < len(request.pages):
+                table = request.slot * self._buckets.pages_per_slot
+                page_index += range(table + row.new_pages, table + len(request.pages))
+                page_id += request.pages[row.new_pages :]
+            logit_rows += range(at, at + row.num_targets)
+            logit_rows += [at + row.num_tokens - 1] * len(row.samples)
+        end = first + len(plan.rows)
+        buffer.token_ids[first : first + len(token_ids)] = token_ids
+        buffer.row_slot[first:end] = [row.request.slot for row in plan.rows]
+        buffer.row_position[first:end] = [row.start for row in plan.rows]
+        buffer.row_tokens[first:end] = [row.num_tokens for row in plan.rows]
+        buffer.num_single_rows[0] = first + sum(row.num_tokens == 1 for row in plan.rows)
+        buffer.page_index[: len(page_index)] = page_index
+        buffer.page_id[: len(page_id)] = page_id
+        buffer.logit_rows[first : first + len(logit_rows)] = logit_rows
+
+    def _pack_sampled(self, sampled: Sequence[SampleRow], first: int, buffer: PlanBuffer) -> None:
+        samples = buffer.samples[first : first + len(sampled)]
+        samples[:] = self._sample_fields[[row.request.slot for row in sampled]]
+        samples[:, POSITION] = [row.position for row in sampled]
+        targets = np.array([row.target for row in sampled], np.int32)
+        samples[:, TARGET] = targets
+        samples[targets != NO_TARGET, SLOT] = self._num_slots  # these rows sample nothing
