@@ -124,11 +124,14 @@ class AsyncEngine:
         request_id: str | None = None,
         prompt: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
+        continues_text: bool = True,
     ) -> RequestStream:
         """Queues a prompt. Must be called on an event loop, where the stream's outputs then arrive.
 
         Args:
             priority: the smaller, the sooner it runs, under scheduling_policy "priority".
+            cache_salt, continues_text: see Engine.add_request.
 
         Raises:
             InvalidRequestError, PromptTooLongError: at once.
@@ -138,12 +141,13 @@ class AsyncEngine:
         request_id = uuid.uuid4().hex if request_id is None else request_id
         self.engine.check(request_id, prompt_token_ids, params, priority)
         stream = RequestStream(request_id, asyncio.get_running_loop(), self._abort)
+        options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt, "continues_text": continues_text}
 
         def add() -> None:
             if request_id not in self._streams:
                 return  # aborted before it began
             try:
-                self.engine.add_request(prompt_token_ids, params, request_id=request_id, prompt=prompt, priority=priority)
+                self.engine.add_request(prompt_token_ids, params, request_id=request_id, prompt=prompt, **options)
             except Exception as error:  # one request's trouble must not end the others
                 log.exception("request %s cannot be taken in", request_id)
                 text = str(error) if isinstance(error, RequestError) else "internal error; the log has the details"

@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | chat | generate | compile`. Imports what a command needs only when it runs."""
+"""The command line: `jaxserve serve | chat | generate | run-batch | compile`. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
@@ -67,6 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; standard input if not given")
     _add_sampling_flags(generate, "16")
     _add_engine_flags(generate)
+
+    batch = _add_command(commands, "run-batch", run_batch, "answer a file of requests in OpenAI's batch format")
+    batch.add_argument("--input", metavar="FILE", required=True, help="JSON lines, each a request with a custom_id")
+    batch.add_argument("--output", metavar="FILE", required=True, help="the responses, as JSON lines; must not exist")
+    _add_engine_flags(batch)
 
     compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
     _add_engine_flags(compile_)
@@ -150,6 +156,23 @@ def run_generate(args: argparse.Namespace) -> None:
         text = output.outputs[0].text
         shown = f"> {prompt}\n{text}\n" if len(prompts) > 1 else text
         print(printable(shown) if sys.stdout.isatty() else shown)
+
+
+def run_batch(args: argparse.Namespace) -> None:
+    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    from jaxserve.server.run_batch import run_batch
+
+    engine = _load(config)
+    assert engine.config.scheduler.max_num_seqs is not None, "the engine resolves it"
+    with _progress() as on_progress:
+        counts = run_batch(
+            engine,
+            Path(args.input),
+            Path(args.output),
+            concurrency=2 * engine.config.scheduler.max_num_seqs,
+            on_progress=lambda done, total: on_progress("requests", done, total),
+        )
+    print(f"{counts.completed} requests completed, {counts.failed} failed")
 
 
 def run_compile(args: argparse.Namespace) -> None:

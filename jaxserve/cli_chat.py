@@ -69,7 +69,7 @@ class Chat:
     async def _stream(self, text: str) -> None:
         question = {"role": "user", "content": text}
         token_ids = self._tokenizer.apply_chat_template([*self._system, *self.history, question])
-        stream = self._engine.submit(token_ids, self._params)
+        stream = self._engine.submit(token_ids, self._params, continues_text=False)
         answer = ""
         try:
             async for output in stream:

@@ -20,7 +20,9 @@ class Completion:
         params = request.group.params
         self.request = request
         self._params = params
-        self._detokenizer = Detokenizer(tokenizer, params) if tokenizer is not None and params.detokenize else None
+        self._detokenizer = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, params, continues_text=request.group.continues_text)
         self._num_read = request.num_prompt_tokens  # tokens that the detokenizer has been given, or must not be
         self._num_given = 0  # tokens that DELTA outputs have carried
         self._changed = True

@@ -103,8 +103,14 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        continues_text: bool = True,
     ) -> str:
         """Queues a prompt; its outputs come from later calls of `step`.
+
+        Args:
+            cache_salt: prompts of different salts share no cached pages.
+            continues_text: whether the output goes on with the prompt's text; else, as in a chat, it is a text of its own,
+                whose first space some tokenizers drop.
 
         Returns:
             The request's id.
@@ -125,6 +131,7 @@ class Engine:
             bad_word_ids=self._bad_words(params),
             prompt=prompt,
             cache_salt=cache_salt,
+            continues_text=continues_text,
             arrival_s=self._clock(),
         )
         if params.use_beam_search:

@@ -115,7 +115,8 @@ class LLM:
                 plain, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
             )
             work.append((ids, None, s))
-        return self._run(work, use_tqdm)
+        goes_on = bool((chat_template_kwargs or {}).get("continue_final_message"))
+        return self._run(work, use_tqdm, continues_text=goes_on)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
@@ -158,6 +159,7 @@ class LLM:
         work: list[tuple[list[int], str | None, SamplingParams]],
         show_progress: bool,
         priorities: Sequence[int] | None = None,
+        continues_text: bool = True,
     ) -> list[RequestOutput]:
         priorities = [0] * len(work) if priorities is None else priorities
         if len(priorities) != len(work):
@@ -166,7 +168,8 @@ class LLM:
         try:
             for (token_ids, text, params), priority in zip(work, priorities, strict=True):
                 name = f"llm-{next(self._names)}"
-                ids.append(self.engine.add_request(token_ids, params, request_id=name, prompt=text, priority=priority))
+                options: dict[str, Any] = {"prompt": text, "priority": priority, "continues_text": continues_text}
+                ids.append(self.engine.add_request(token_ids, params, request_id=name, **options))
             outputs = self._drive(len(ids), show_progress)
         except BaseException:
             for request_id in ids:

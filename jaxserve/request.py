@@ -66,6 +66,7 @@ class RequestGroup:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     prompt: str | None = None
     cache_salt: str = ""
+    continues_text: bool = True
     arrival_s: float = field(default_factory=time.monotonic)
     requests: list[Request] = field(default_factory=list)
     unforked: list[Request] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Tokenizer:
         vocab_size: tokens, added ones included; a model's logits may be padded to more.
         special_ids: the control tokens, which skip_special_tokens leaves out of a text.
         eos_token_id, bos_token_id: None where the model has none.
+        special_tokens: their names (eos_token, bos_token, ...) -> how they are spelled.
         end_token_ids: the ids that end a completion, as far as the tokenizer's files say; generation_config may add some.
         strips_space: whether a text's first space is dropped, because encoding put one there (Llama 2, Mistral).
     """
@@ -54,12 +56,18 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.eos_token_id = self._id_of(renderer.eos_token)
         self.bos_token_id = self._id_of(renderer.bos_token)
+        self.special_tokens = {name: str(token) for name, token in renderer.special_tokens_map.items() if isinstance(token, str)}
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.end_token_ids = eos if end_token_ids is None else tuple(end_token_ids)
         self._chat = ChatTemplate(backend, renderer)
         self._bytes: dict[int, bytes] = {}
         self._spelling = _Spelling(str(backend.decoder))
         self.strips_space, self._is_spelled = self._probe_decoder()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of text that one token stands for at most."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
 
     @property
     def chat_template(self) -> str | None:

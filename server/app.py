@@ -13,15 +13,23 @@ from jaxserve import __version__
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import add_error_handlers
 from jaxserve.server.metrics import EngineMetrics
+from jaxserve.server.responses.store import ResponseStore
 from jaxserve.server.routes.chat import chat_router
 from jaxserve.server.routes.completions import completions_router
 from jaxserve.server.routes.health import health_router
+from jaxserve.server.routes.messages import messages_router
 from jaxserve.server.routes.models import models_router
+from jaxserve.server.routes.ollama import ollama_router
 from jaxserve.server.routes.page import page_router
+from jaxserve.server.routes.responses import responses_router
+from jaxserve.server.routes.tokens import tokens_router
 from jaxserve.server.serving import Serving
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+
+
+MAX_STORED_CHARACTERS = 2**26
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetrics | None = None) -> FastAPI:
@@ -31,6 +39,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
         metrics: the observer that the engine was built with; without it /metrics stays at zero.
     """
     serving = Serving(engine)
+    responses = ResponseStore(config.max_stored_responses, MAX_STORED_CHARACTERS)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +47,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
         try:
             yield
         finally:
+            responses.close()
             serving.close()
             await asyncio.to_thread(engine.shutdown)
 
@@ -52,6 +62,10 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
     add_error_handlers(app)
     app.include_router(chat_router(serving))
     app.include_router(completions_router(serving))
+    app.include_router(responses_router(serving, responses))
+    app.include_router(messages_router(serving))
+    app.include_router(ollama_router(serving))
+    app.include_router(tokens_router(serving))
     app.include_router(models_router(serving))
     app.include_router(health_router(serving, metrics or EngineMetrics(serving.model_name)))
     app.include_router(page_router())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import RequestError
 from jaxserve.outputs import RequestOutput
@@ -19,17 +19,23 @@ class Batch:
 
     Attributes:
         prompts: the prompts' token ids.
+        request_id: of the HTTP request; the engine's have a number behind it.
     """
 
     def __init__(
-        self, engine: AsyncEngine, prompts: Sequence[tuple[list[int], SamplingParams]], request_id: str, priority: int = 0
+        self, engine: AsyncEngine, prompts: Sequence[tuple[list[int], SamplingParams]], request_id: str, **options: Any
     ) -> None:
-        """Submits every prompt, or none: when one is refused, those before it are aborted."""
+        """Submits every prompt, or none: when one is refused, those before it are aborted.
+
+        Args:
+            **options: the same for each prompt, as AsyncEngine.submit takes them.
+        """
+        self.request_id = request_id
         self.prompts = [token_ids for token_ids, _ in prompts]
         self._streams: list[RequestStream] = []
         try:
             for i, (token_ids, params) in enumerate(prompts):
-                self._streams.append(engine.submit(token_ids, params, request_id=f"{request_id}-{i}", priority=priority))
+                self._streams.append(engine.submit(token_ids, params, request_id=f"{request_id}-{i}", **options))
         except BaseException:
             self.abort()
             raise

@@ -18,6 +18,7 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0 picks a free one")
     max_body_bytes: int = option(32 * MIB, "a larger request body is refused")
     shutdown_timeout: int = option(10, "seconds that running requests get to finish on SIGTERM or Ctrl-C")
+    max_stored_responses: int = option(1000, "responses of /v1/responses that are kept for clients to come back to; 0 keeps none")
     access_log: bool = option(False, "log a line for each HTTP request")
 
     def __post_init__(self) -> None:
@@ -25,5 +26,7 @@ class ServerConfig:
             raise ConfigError(f"port must be between 0 and 65535; got {self.port}")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1; got {self.max_body_bytes}")
+        if self.max_stored_responses < 0:
+            raise ConfigError(f"max_stored_responses must be 0 or more; got {self.max_stored_responses}")
         if self.shutdown_timeout < 0:
             raise ConfigError(f"shutdown_timeout must be 0 or more; got {self.shutdown_timeout}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -24,33 +25,90 @@ from jaxserve.server.wire import Json
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody reads it but the access log
 
 
-class ModelNotFoundError(RequestError):
+class NotFoundError(RequestError):
+    """What the request names is not there."""
+
+
+class ModelNotFoundError(NotFoundError):
     """The request names a model that this server does not serve."""
+
+
+class AuthenticationError(RequestError):
+    """The request has no key, or a wrong one."""
+
+
+class PermissionDeniedError(RequestError):
+    """The request's key does not open this route."""
+
+
+class RateLimitError(RequestError):
+    """The client sends more than it may."""
+
+
+class BodyTooLargeError(RequestError):
+    """The request's body is larger than the server takes."""
+
+
+class BodyTimeoutError(RequestError):
+    """The request's body did not come in time."""
 
 
 # exception -> status, OpenAI's "type", "code"; the closest class of the exception's own tree counts
 _KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
     InvalidRequestError: (400, "invalid_request_error", None),
     PromptTooLongError: (400, "invalid_request_error", "context_length_exceeded"),
+    NotFoundError: (404, "invalid_request_error", "not_found"),
     ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
+    AuthenticationError: (401, "authentication_error", "invalid_api_key"),
+    PermissionDeniedError: (403, "permission_error", "insufficient_permissions"),
+    RateLimitError: (429, "rate_limit_error", "rate_limit_exceeded"),
+    BodyTooLargeError: (413, "invalid_request_error", "request_too_large"),
+    BodyTimeoutError: (408, "invalid_request_error", "request_timeout"),
     QueueFullError: (429, "rate_limit_error", "queue_full"),
     EngineDeadError: (503, "server_error", "engine_dead"),
     Exception: (500, "server_error", None),
 }
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 _RETRY_AFTER_S = "1"
 
 
-def describe(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and the OpenAI error body for an exception; the text of an unforeseen one stays in the log."""
+Dialect = Literal["openai", "anthropic", "ollama"]
+_DIALECTS: dict[str, Dialect] = {"/v1/messages": "anthropic", "/api/": "ollama"}  # by the beginning of the path
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def describe(error: BaseException, dialect: Dialect = "openai") -> tuple[int, dict[str, Any]]:
+    """The status and the error body for an exception; the text of an unforeseen one stays in the log."""
     status, kind, code = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
     message = str(error) if isinstance(error, JaxserveError) else "internal error; the server's log has the details"
-    return status, error_body(message, kind, code, getattr(error, "param", None))
+    return status, error_body(status, message, kind, code, getattr(error, "param", None), dialect)
 
 
-def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error body."""
+def error_body(
+    status: int, message: str, kind: str, code: str | None = None, param: str | None = None, dialect: Dialect = "openai"
+) -> dict[str, Any]:
+    """The error body that the clients of an API know."""
+    if dialect == "anthropic":
+        return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": message}}
+    if dialect == "ollama":
+        return {"error": message}
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: BaseException, path: str) -> Response:
+    """The answer to a request for `path` that ended with an exception."""
+    status, body = describe(error, _dialect_of(path))
+    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Json(body, status, headers | getattr(error, "headers", {}))
+
+
+def _dialect_of(path: str) -> Dialect:
+    return next((dialect for prefix, dialect in _DIALECTS.items() if path.startswith(prefix)), "openai")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -58,30 +116,39 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(JaxserveError, _on_error)
     app.add_exception_handler(Exception, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(ValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
-async def _on_error(_: Request, error: Exception) -> Response:
-    status, body = describe(error)
-    return Json(body, status, {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None)
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.scope["path"])
 
 
-async def _on_invalid_body(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    param, message = _explain(error.errors()[0])
-    return Json(error_body(message, "invalid_request_error", param=param), 400)
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError | ValidationError)
+    return error_response(explain_validation(error), request.scope["path"])
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.scope['path']}"
-    body = error_body(message, "invalid_request_error", _HTTP_CODES.get(error.status_code))
+    code, dialect = _HTTP_CODES.get(error.status_code), _dialect_of(request.scope["path"])
+    body = error_body(error.status_code, message, "invalid_request_error", code, dialect=dialect)
     return Json(body, error.status_code, error.headers)
 
 
 async def _on_disconnect(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def explain_validation(error: RequestValidationError | ValidationError) -> InvalidRequestError:
+    """What is wrong with a body that does not fit: the client's own, or the chat that was made of it."""
+    first: dict[str, Any] = dict(error.errors()[0])
+    if isinstance(error, RequestValidationError):
+        first["loc"] = first["loc"][1:]  # without "body"
+    param, message = _explain(first)
+    return InvalidRequestError(message, param=param)
 
 
 def _explain(error: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -90,7 +157,7 @@ def _explain(error: Mapping[str, Any]) -> tuple[str | None, str]:
     if error["type"] == "json_invalid":
         return None, f"the body is not valid JSON: {context.get('error', error['msg'])}"
     own_param = (context["param"],) if "param" in context else ()
-    param = _path((*error["loc"][1:], *own_param))
+    param = _path((*error["loc"], *own_param))
     if not param:
         return None, "the body must be a JSON object, sent with the header Content-Type: application/json"
     if own_param:  # a whole sentence of protocol.py's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.outputs import CompletionOutput, Logprob, TokenLogprobs
+from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
@@ -26,7 +26,11 @@ def chat_logprobs(completion: CompletionOutput, tokenizer: Tokenizer | None, num
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Sequence[TokenLogprobs | None], tokenizer: Tokenizer | None, text_offset: int
+    token_ids: Sequence[int],
+    positions: Sequence[TokenLogprobs | None],
+    tokenizer: Tokenizer | None,
+    text_offset: int,
+    num_top: int,
 ) -> tuple[dict[str, Any], int]:
     """Four parallel lists, and where the next token's text begins.
 
@@ -39,18 +43,34 @@ def completion_logprobs(
         text = _token_text(token_id, position[token_id] if position else None, tokenizer)
         tokens.append(text)
         logprobs.append(_finite(position[token_id]) if position else None)
-        tops.append(_by_text(position, tokenizer) if position else None)
+        tops.append(_by_text(position, token_id, tokenizer, num_top) if position else None)
         offsets.append(text_offset)
         text_offset += len(text)
     lists = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
     return lists, text_offset
 
 
-def _by_text(position: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """Text -> log probability; of tokens with the same text, the likeliest."""
+def prompt_logprobs(output: RequestOutput, num_top: int, tokenizer: Tokenizer | None) -> list[dict[str, Any] | None]:
+    """vLLM's form: for each prompt token, token id -> its log probability, for that token and the likeliest ones."""
+    positions: list[dict[str, Any] | None] = []
+    for token_id, position in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True):
+        shown = None
+        if position is not None:
+            shown = {
+                str(i): {"logprob": _finite(p), "rank": p.rank, "decoded_token": _token_text(i, p, tokenizer)}
+                for i, p in _likeliest(position)
+                if p.rank <= num_top or i == token_id
+            }
+        positions.append(shown)
+    return positions
+
+
+def _by_text(position: TokenLogprobs, own: int, tokenizer: Tokenizer | None, num_top: int) -> dict[str, float]:
+    """Text -> log probability, for the token itself and the likeliest ones; of tokens with the same text, the likeliest."""
     top: dict[str, float] = {}
     for token_id, logprob in _likeliest(position):
-        top.setdefault(_token_text(token_id, logprob, tokenizer), _finite(logprob))
+        if logprob.rank <= num_top or token_id == own:
+            top.setdefault(_token_text(token_id, logprob, tokenizer), _finite(logprob))
     return top
 
 

@@ -75,6 +75,7 @@ class EngineMetrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
+        self._last_step = StepStats(0, 0, 0.0, 0, 0, 0, 0, 0)
 
         self._running = self._gauge("num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a place in the batch.")
@@ -109,6 +110,7 @@ class EngineMetrics:
         self._n = self._histogram("request_params_n", "n of a request.", _N)
 
     def on_step(self, stats: StepStats) -> None:
+        self._last_step = stats
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -117,6 +119,16 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions)
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)
+
+    def load(self) -> dict[str, float]:
+        """How busy the engine is, after its last step."""
+        last = self._last_step
+        return {
+            "server_load": last.num_running + last.num_waiting,
+            "num_requests_running": last.num_running,
+            "num_requests_waiting": last.num_waiting,
+            "kv_cache_usage": last.kv_usage,
+        }
 
     def on_tokens(self, stats: TokenStats) -> None:
         if stats.is_first:

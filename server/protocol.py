@@ -17,6 +17,9 @@ MAX_N = 128  # OpenAI's limit
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_WORDS = 64  # stop strings, stop ids, bad words
 MAX_BIASES = 1024
+MAX_MESSAGES = 4096
+MAX_TEMPLATE_KWARGS = 32
+MAX_ALLOWED_IDS = 2**19  # the largest vocabularies, twice
 
 # Notes for the caller's own books: they cannot change the answer.
 _HARMLESS = {
@@ -37,11 +40,11 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _join_parts(content: object) -> object:
+def join_parts(content: object) -> object:
     """A message's content as one string, from a string or a list of text parts."""
     if not isinstance(content, list):
         return content
@@ -152,24 +155,29 @@ class SamplingFields(Fields):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = Field(None, max_length=MAX_ALLOWED_IDS)
     bad_words: list[Text] | None = Field(None, max_length=MAX_WORDS)
     seed: int | None = None
-    stop: Annotated[list[Text], BeforeValidator(_as_list), Field(max_length=MAX_WORDS)] | None = None
+    stop: Annotated[list[Text], BeforeValidator(as_list), Field(max_length=MAX_WORDS)] | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_WORDS)
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
-    priority: int = 0
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    cache_salt: Text | None = Field(None, max_length=256)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             text = "stream_options needs stream to be true"
             raise PydanticCustomError("stream_options", "{text}", {"param": "stream_options", "text": text})
+        if self.prompt_logprobs is not None and self.stream:
+            text = "prompt_logprobs cannot be streamed"
+            raise PydanticCustomError("prompt_logprobs", "{text}", {"param": "prompt_logprobs", "text": text})
         return self
 
     @property
@@ -184,14 +192,14 @@ class SamplingFields(Fields):
     @property
     def num_prompt_logprobs(self) -> int | None:
         """The same for the tokens of the prompt."""
-        return None
+        return self.prompt_logprobs
 
 
 class Message(Fields):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_join_parts)]
+    content: Annotated[Text, BeforeValidator(join_parts)]
     name: Text | None = None
 
     def as_dict(self) -> dict[str, str]:
@@ -200,15 +208,33 @@ class Message(Fields):
         return message | ({"name": self.name} if self.name else {})
 
 
-class ChatRequest(SamplingFields):
+class ChatFields(Fields):
+    """How messages become a prompt."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[Text, Text | bool | int | float] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            text = "continue_final_message goes on with the last message, and add_generation_prompt begins a new one; choose"
+            raise PydanticCustomError("continue", "{text}", {"param": "continue_final_message", "text": text})
+        return self
+
+    @property
+    def begins_message(self) -> bool:
+        """Whether the prompt ends with the beginning of the assistant's message."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+class ChatRequest(ChatFields, SamplingFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[Text, Text | bool | int | float] | None = None
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Self:
@@ -244,4 +270,6 @@ class CompletionRequest(SamplingFields):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+        if not self.echo or self.logprobs is None:
+            return self.prompt_logprobs
+        return max(self.logprobs, self.prompt_logprobs or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.server.batch import Batch
 from jaxserve.server.errors import ModelNotFoundError
-from jaxserve.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+from jaxserve.server.protocol import ChatFields, ChatRequest, CompletionRequest, SamplingFields
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from jaxserve.async_engine import AsyncEngine
     from jaxserve.tokenizer import Tokenizer
 
@@ -23,8 +27,13 @@ _SAME_NAME = (
     "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids",
     "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
+# In a request's state, where the check of its key has put them
+SALT = "cache_salt"
+OWNER = "owner"
 # What the server itself gives the chat template
-_TEMPLATE_OWN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "return_dict"}
+_TEMPLATE_OWN = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize", "return_dict",
+}  # fmt: skip
 
 
 class Serving:
@@ -56,17 +65,51 @@ class Serving:
         if name is not None and name != self.model_name:
             raise ModelNotFoundError(f"the model {name!r} does not exist; this server has {self.model_name!r}", param="model")
 
-    async def chat_prompt(self, body: ChatRequest) -> list[int]:
+    async def start_chat(self, body: ChatRequest, request_id: str, salt: str = "") -> Batch:
+        """Submits a chat.
+
+        Args:
+            salt: prompts of different salts share no cached pages, whatever their cache_salt is.
+        """
+        self.check_model(body.model)
+        token_ids = await self.chat_prompt(body)
+        params = self.sampling_params(body, len(token_ids))
+        return self._submit(body, [(token_ids, params)], request_id, salt, continues_text=body.continue_final_message)
+
+    async def start_completion(self, body: CompletionRequest, request_id: str, salt: str = "") -> Batch:
+        """Submits prompts. See start_chat."""
+        self.check_model(body.model)
+        prompts = [(ids, self.sampling_params(body, len(ids))) for ids in await self.prompts(body)]
+        return self._submit(body, prompts, request_id, salt, continues_text=True)
+
+    def _submit(
+        self,
+        body: SamplingFields,
+        prompts: list[tuple[list[int], SamplingParams]],
+        request_id: str,
+        salt: str,
+        continues_text: bool,
+    ) -> Batch:
+        own = body.cache_salt or ""
+        both = json.dumps([salt, own]) if salt or own else ""
+        options = {"priority": body.priority, "cache_salt": both, "continues_text": continues_text}
+        return Batch(self.engine, prompts, request_id, **options)
+
+    async def chat_prompt(self, body: ChatFields) -> list[int]:
         """The token ids of a chat's messages in the model's template."""
-        tokenizer = self._tokenizer("messages")
+        tokenizer = self.tokenizer("messages")
+        self._check_size(tokenizer, sum(len(message.content) for message in body.messages), "messages")
         kwargs = body.chat_template_kwargs or {}
         for name in kwargs:
             if name in _TEMPLATE_OWN or not _is_read_by(tokenizer.chat_template or "", name):
                 text = f"chat_template_kwargs: {name!r} is not a variable of this model's chat template"
                 raise InvalidRequestError(text, param="chat_template_kwargs")
         messages = [message.as_dict() for message in body.messages]
+        options = dict(kwargs)
+        if body.continue_final_message:
+            options["continue_final_message"] = True
         return await self._in_thread(
-            lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
+            lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=body.begins_message, **options)
         )
 
     async def prompts(self, body: CompletionRequest) -> list[list[int]]:
@@ -74,11 +117,20 @@ class Serving:
         prompts: list[list[int]] = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                tokenizer = self._tokenizer("prompt")
-                prompts.append(await self._in_thread(tokenizer.encode, prompt, body.add_special_tokens))
+                prompts.append(await self.encode(prompt, body.add_special_tokens))
             else:
                 prompts.append(prompt)
         return prompts
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The token ids of a prompt."""
+        tokenizer = self.tokenizer("prompt")
+        self._check_size(tokenizer, len(text), "prompt")
+        return await self._in_thread(tokenizer.encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return await self._in_thread(self.tokenizer("tokens").decode, token_ids, False)
 
     async def prompt_texts(self, body: CompletionRequest) -> list[str]:
         """The text of each prompt, from its token ids where it came as such; empty without a tokenizer."""
@@ -125,7 +177,21 @@ class Serving:
         """Whether the reply carries token ids; without a tokenizer it has nothing else."""
         return body.return_token_ids or self.engine.tokenizer is None
 
-    def _tokenizer(self, field: str) -> Tokenizer:
+    def _check_size(self, tokenizer: Tokenizer, num_characters: int, field: str) -> None:
+        """Refuses a text that cannot fit, before time is spent on its tokens."""
+        most = self.max_model_len * tokenizer.longest_token
+        if num_characters > most:
+            text = (
+                f"the prompt has {num_characters:,} characters; {self.max_model_len:,} tokens hold {most:,} at most. Shorten it."
+            )
+            raise PromptTooLongError(text, param=field)
+
+    def tokenizer(self, field: str) -> Tokenizer:
+        """The tokenizer, for what came in this field of a request.
+
+        Raises:
+            InvalidRequestError: there is none.
+        """
         if self.engine.tokenizer is None:
             text = "this server has no tokenizer (--skip-tokenizer-init); send token ids as the prompt to /v1/completions"
             raise InvalidRequestError(text, param=field)
@@ -133,6 +199,16 @@ class Serving:
 
     async def _in_thread[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, lambda: work(*args, **kwargs))
+
+
+def owner_of(request: Request) -> str:
+    """The name of the client's key; the same for all where there are no keys."""
+    return str(request.scope.get("state", {}).get(OWNER, ""))
+
+
+def salt_of(request: Request) -> str:
+    """What keeps the cached pages of this client's prompts apart from those of others; empty where they are shared."""
+    return str(request.scope.get("state", {}).get(SALT, ""))
 
 
 def _prompt_field(body: SamplingFields) -> str:

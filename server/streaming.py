@@ -39,10 +39,10 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(StreamingResponse):
     """A stream of server-sent events; `on_close` is called however it ends, even before the first event."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes], on_close: Callable[[], None]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, events: AsyncGenerator[bytes], on_close: Callable[[], None], media_type: str = "text/event-stream"
+    ) -> None:
+        super().__init__(events, media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
         self._on_close = on_close
 

@@ -27,3 +27,13 @@ class Json(Response):
 def encode_event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + _encode(data).encode("ascii") + b"\n\n"
+
+
+def encode_named_event(data: dict[str, Any]) -> bytes:
+    """One server-sent event whose name is its data's type, as the Responses API and Anthropic's have them."""
+    return b"event: " + str(data["type"]).encode("ascii") + b"\n" + encode_event(data)
+
+
+def encode_line(data: dict[str, Any]) -> bytes:
+    """One line of a stream of JSON lines."""
+    return _encode(data).encode("ascii") + b"\n"

@@ -42,7 +42,7 @@ def layer(module: str) -> str | None:
     if top != "jaxserve":
         return None
     first = rest.split(".")[0]
-    if first.split("_")[0] in TOP_FILES:
+    if first == "__main__" or first.split("_")[0] in TOP_FILES:
         return "cli"
     return first if first in LINKED else "jaxserve"
 

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
+from anthropic import Anthropic
 from openai import OpenAI
 
 from jaxserve import LLM, RequestOutput, SamplingParams
@@ -110,3 +112,19 @@ def test_http_gives_the_same_text(client: OpenAI) -> None:
             if min(case["gaps"]) >= NEAR_TIE:
                 assert (whole, streamed) == (case["text"], case["text"]), case["name"]
     assert sum(min(case["gaps"]) >= NEAR_TIE for case in CASES) >= 6, "too few cases decide anything"
+
+
+def test_other_apis_give_the_same_text(client: OpenAI) -> None:
+    case = next(c for c in CASES if c["messages"] and min(c["gaps"]) >= NEAR_TIE)
+    url, limit = str(client.base_url).removesuffix("/v1/"), REFERENCE["max_tokens"]
+    system = [m["content"] for m in case["messages"] if m["role"] == "system"]
+    others: Any = [m for m in case["messages"] if m["role"] != "system"]
+    fields: dict[str, Any] = {"extra_body": {"temperature": 0}} | ({"system": system[0]} if system else {})
+    with Anthropic(base_url=url, api_key="none", max_retries=0) as anthropic:
+        message = anthropic.messages.create(model="smollm2", max_tokens=limit, messages=others, **fields)
+    with ollama.Client(host=url) as llama:
+        options = {"temperature": 0, "num_predict": limit}
+        parts = list(llama.chat(model="smollm2", messages=case["messages"], options=options, stream=True))
+    response = client.responses.create(model="smollm2", input=case["messages"], temperature=0, max_output_tokens=limit)
+    texts = [message.content[0].text, "".join(part.message.content or "" for part in parts), response.output_text]
+    assert texts == [case["text"]] * 3

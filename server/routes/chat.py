@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxserve.outputs import CompletionOutput, RequestOutput
-from jaxserve.server.batch import Batch
-from jaxserve.server.logprobs import chat_logprobs
+from jaxserve.server.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.server.protocol import ChatRequest, StreamOptions
 from jaxserve.server.reply import Reply, new_request_id
-from jaxserve.server.serving import Serving
+from jaxserve.server.serving import Serving, salt_of
 from jaxserve.server.streaming import EventStream, until_disconnect
 from jaxserve.server.wire import Json
-
-if TYPE_CHECKING:
-    from jaxserve.tokenizer import Tokenizer
 
 
 def chat_router(serving: Serving) -> APIRouter:
@@ -25,30 +21,32 @@ def chat_router(serving: Serving) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        serving.check_model(body.model)
-        token_ids = await serving.chat_prompt(body)
-        params = serving.sampling_params(body, len(token_ids))
-        request_id = new_request_id("chatcmpl")
-        batch = Batch(serving.engine, [(token_ids, params)], request_id, body.priority)
-        choices = ChatChoices(serving.engine.tokenizer, body.num_logprobs, serving.gives_token_ids(body))
-        reply = Reply(batch, choices, request_id=request_id, model=serving.model_name, n=body.n)
+        """OpenAI's chat completions, whole or streamed."""
+        reply = await chat_reply(serving, body, salt_of(request))
         if body.stream:
-            return EventStream(reply.events("chat.completion.chunk", body.stream_options or StreamOptions()), batch.abort)
+            return EventStream(reply.events("chat.completion.chunk", body.stream_options or StreamOptions()), reply.abort)
         try:
             return Json(await until_disconnect(request.receive, reply.whole("chat.completion")))
         finally:
-            batch.abort()
+            reply.abort()
 
     return router
+
+
+async def chat_reply(serving: Serving, body: ChatRequest, salt: str = "") -> Reply:
+    """Submits a chat; the reply must be read to its end, or aborted."""
+    batch = await serving.start_chat(body, new_request_id("chatcmpl"), salt)
+    return Reply(batch, ChatChoices(serving, body), model=serving.model_name, n=body.n)
 
 
 class ChatChoices:
     """Completions as the chat endpoint writes them."""
 
-    def __init__(self, tokenizer: Tokenizer | None, num_logprobs: int | None, gives_token_ids: bool) -> None:
-        self._tokenizer = tokenizer
-        self._num_logprobs = num_logprobs
-        self._gives_token_ids = gives_token_ids
+    def __init__(self, serving: Serving, body: ChatRequest) -> None:
+        self._tokenizer = serving.engine.tokenizer
+        self._num_logprobs = body.num_logprobs
+        self._num_prompt_logprobs = body.prompt_logprobs
+        self._gives_token_ids = serving.gives_token_ids(body)
         self._begun: set[int] = set()
 
     def choice(self, index: int, completion: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
@@ -63,6 +61,14 @@ class ChatChoices:
             self._begun.add(index)
             delta = {"role": "assistant", "content": completion.text}
         return self._entry(index, completion, "delta", delta)
+
+    def extras(self, output: RequestOutput) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if self._gives_token_ids:
+            extras["prompt_token_ids"] = output.prompt_token_ids
+        if self._num_prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs(output, self._num_prompt_logprobs, self._tokenizer)
+        return extras
 
     def _entry(self, index: int, completion: CompletionOutput, kind: str, message: dict[str, str]) -> dict[str, Any]:
         entry: dict[str, Any] = {"index": index, kind: message, "logprobs": None, "finish_reason": completion.finish_reason}

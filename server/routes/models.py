@@ -24,10 +24,12 @@ def models_router(serving: Serving) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> Response:
+        """The model that is served."""
         return Json({"object": "list", "data": [card]})
 
     @router.get("/v1/models/{name:path}")  # a model's name may have slashes
     async def retrieve_model(name: str) -> Response:
+        """The same, by name."""
         serving.check_model(name)
         return Json(card)
 

@@ -18,8 +18,9 @@ def page_router() -> APIRouter:
     page = (files("jaxserve.server") / "static" / "index.html").read_bytes()
     headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
-    @router.get("/", include_in_schema=False)
+    @router.get("/")
     async def chat_page() -> Response:
+        """The chat page."""
         return Response(page, media_type="text/html", headers=headers)
 
     return router

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
@@ -22,6 +22,8 @@ class FakeTokenizer:
 
     eos_token_ids = (EOS,)
     vocab_size = 257
+    longest_token = 1
+    special_tokens: ClassVar = {"eos_token": "<eos>"}
     chat_template: str | None = "{% for m in messages %}...{% endfor %}{% if enable_thinking %}...{% endif %}"
 
     def __init__(self) -> None:
@@ -40,6 +42,8 @@ class FakeTokenizer:
         if messages[-1]["content"] == "no template":
             raise InvalidRequestError("this model has no chat template; use /v1/completions", param="messages")
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        if kwargs.get("continue_final_message"):
+            text = text[:-1]
         return self.encode(text + ("assistant: " if add_generation_prompt else ""))
 
     def token_text(self, token_id: int) -> str:
@@ -82,7 +86,7 @@ class FakeEngine:
         self.token_delay_s = 0.0
         self.num_cached_tokens = 0
         self.submitted: list[tuple[list[int], SamplingParams]] = []
-        self.priorities: list[int] = []
+        self.options: list[dict[str, Any]] = []
         self.running: set[str] = set()
         self.aborted: set[str] = set()
 
@@ -102,7 +106,7 @@ class FakeEngine:
         *,
         request_id: str | None = None,
         prompt: str | None = None,
-        priority: int = 0,
+        **options: Any,
     ) -> FakeStream:
         if not self.is_healthy:
             raise EngineDeadError("the engine has stopped; restart the server")
@@ -115,7 +119,7 @@ class FakeEngine:
         request_id = f"request-{len(self.submitted)}" if request_id is None else request_id
         assert request_id not in self.running
         self.submitted.append((prompt_token_ids, params))
-        self.priorities.append(priority)
+        self.options.append(options)
         self.running.add(request_id)
         return FakeStream(self, request_id, prompt_token_ids, params)
 

@@ -94,7 +94,7 @@ def test_priority_reaches_the_engine(client: openai.OpenAI, engine: FakeEngine) 
     client.completions.create(model=MODEL, prompt=["a", "b"], extra_body={"priority": -3})
     client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"priority": 7})
     client.completions.create(model=MODEL, prompt="a")
-    assert engine.priorities == [-3, -3, 7, 0]
+    assert [options["priority"] for options in engine.options] == [-3, -3, 7, 0]
 
 
 def test_token_ids_on_request(client: openai.OpenAI) -> None:

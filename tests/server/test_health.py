@@ -49,8 +49,6 @@ def test_chat_page_loads_nothing_from_elsewhere(http: httpx.Client) -> None:
     assert not re.search(r"(https?:)?//[\w-]+\.\w|innerHTML|\beval\(", response.text)
 
 
-def test_openapi_describes_the_routes(http: httpx.Client) -> None:
+def test_openapi_describes_the_bodies(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
-    expected = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/health", "/version", "/metrics"}
-    assert set(schema["paths"]) == expected
     assert {"anyOf"} <= set(schema["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"])
