@@ -142,6 +142,7 @@ def step_batch(
         page_tables=row_tables,
         write_slots=write_slots,
         num_single_rows=plan.num_single_rows,
+        slots=jnp.where(plan.row_tokens > 0, plan.row_slot, np.iinfo(np.int32).max),
         logit_rows=plan.logit_rows,
     )
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve import shaping, step
-from jaxserve.models.interface import Runtime
+from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec
 from jaxserve.plan import SAMPLE_FIELDS, PlanShape
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
@@ -132,7 +132,11 @@ class Programs:
 
 @dataclass(frozen=True)
 class ProgramInputs:
-    """The abstract arguments that every program shares, with their shardings."""
+    """The abstract arguments that every program shares, with their shardings.
+
+    Attributes:
+        cache_specs: of state.caches.
+    """
 
     weights: tuple[jax.ShapeDtypeStruct, ...]
     state: step.DeviceState
@@ -140,6 +144,12 @@ class ProgramInputs:
     vocab_size: int
     buckets: Buckets
     shardings: Shardings
+    cache_specs: tuple[AnyCacheSpec, ...]
+
+    @property
+    def is_state(self) -> tuple[bool, ...]:
+        """Which caches are states by slot rather than pages."""
+        return tuple(isinstance(spec, StateSpec) for spec in self.cache_specs)
 
     @property
     def last_tokens(self) -> jax.ShapeDtypeStruct:
@@ -196,8 +206,18 @@ def lower_set_shaping(inputs: ProgramInputs) -> jax.stages.Lowered:
 
 def lower_copy_pages(inputs: ProgramInputs) -> jax.stages.Lowered:
     """Copies pages, at most one for each slot."""
+    return _lower_copies(inputs, tuple(not is_state for is_state in inputs.is_state))
+
+
+def lower_copy_states(inputs: ProgramInputs) -> jax.stages.Lowered:
+    """Copies recurrent states from slot to slot."""
+    return _lower_copies(inputs, inputs.is_state)
+
+
+def _lower_copies(inputs: ProgramInputs, chosen: tuple[bool, ...]) -> jax.stages.Lowered:
     ids = inputs.array((inputs.num_slots,))
-    jitted = jax.jit(step.copy_pages, donate_argnums=0, out_shardings=tuple(x.sharding for x in inputs.state.caches))
+    shardings = tuple(x.sharding for x in inputs.state.caches)
+    jitted = jax.jit(partial(step.copy_entries, chosen=chosen), donate_argnums=0, out_shardings=shardings, keep_unused=True)
     return jitted.lower(inputs.state.caches, ids, ids)
 
 
@@ -229,7 +249,8 @@ def compile_programs(
         for mode in Mode:
             name = f"sample {num_samples} {mode.value}"
             work.append((sample, (num_samples, mode), name, partial(lower_sample, num_samples, mode, inputs)))
-    for lower in (lower_stage, lower_set_shaping, lower_copy_pages, lower_reset):
+    copies = (lower_copy_pages, lower_copy_states) if any(inputs.is_state) else (lower_copy_pages,)
+    for lower in (lower_stage, lower_set_shaping, *copies, lower_reset):
         name = lower.__name__.removeprefix("lower_")
         work.append((others, name, name, partial(lower, inputs)))
 

@@ -5,7 +5,6 @@ Nothing here waits for the device except `collect`, and nothing eager runs betwe
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxserve.models.interface import CacheSpec
+from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
 from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
 from jaxserve.plan import SHAPED
@@ -48,7 +47,9 @@ class Runner:
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Sends one step on its way; returns before the device has run it."""
         if plan.page_copies:
-            self._copy_pages(plan.page_copies)
+            self._copy("copy_pages", plan.page_copies)
+        if plan.forks and any(self._inputs.is_state):
+            self._copy("copy_states", plan.forks)
         for request in plan.placed:
             if request.sample_fields[SHAPED]:
                 self.set_shaping(request)
@@ -100,16 +101,16 @@ class Runner:
             output.copy_to_host_async()
         return cast(dict[str, jax.Array], outputs)
 
-    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+    def _copy(self, program: str, copies: list[tuple[int, int]]) -> None:
         sources = np.zeros(self._inputs.num_slots, np.int32)
         targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
         sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
-        caches = self.programs.others["copy_pages"](self._state.caches, self._send(sources), self._send(targets))
+        caches = self.programs.others[program](self._state.caches, self._send(sources), self._send(targets))
         self._state = DeviceState(caches, self._state.page_tables)
 
 
 def abstract_state(
-    specs: tuple[CacheSpec, ...],
+    specs: tuple[AnyCacheSpec, ...],
     num_pages: int,
     page_size: int,
     num_slots: int,
@@ -118,13 +119,19 @@ def abstract_state(
     to: Shardings,
 ) -> DeviceState:
     """Shapes and shardings of the state, without allocating it."""
-    struct: Any = partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=to.kv_pages)
-    caches = tuple(struct(kv_pages_shape(num_pages, page_size, s.num_kv_heads, s.head_dim)) for s in specs)
+
+    def cache(spec: AnyCacheSpec) -> Any:
+        if isinstance(spec, StateSpec):
+            shape = (num_slots, *spec.shape)
+            return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=to.of((None, *spec.axes), shape))
+        pages = kv_pages_shape(num_pages, page_size, spec.num_kv_heads, spec.head_dim)
+        return jax.ShapeDtypeStruct(pages, dtype, sharding=to.kv_pages)
+
     tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
-    return DeviceState(caches, tables)
+    return DeviceState(tuple(map(cache, specs)), tables)
 
 
-def page_bytes(specs: tuple[CacheSpec, ...], page_size: int, dtype: jnp.dtype, devices: int) -> int:
-    """Bytes of one page on each device, all layers together."""
-    values = sum(2 * s.num_kv_heads * s.head_dim * page_size for s in specs)
+def page_bytes(specs: tuple[AnyCacheSpec, ...], page_size: int, dtype: jnp.dtype, devices: int) -> int:
+    """Bytes of one page on each device, all layers together; 0 for a model that keeps nothing but states."""
+    values = sum(2 * s.num_kv_heads * s.head_dim * page_size for s in specs if not isinstance(s, StateSpec))
     return values * dtype.itemsize // devices

@@ -73,12 +73,17 @@ class Scheduler:
 
         Held requests wait for others: where those cannot run beside them, they give up their slots and pages.
         """
+        forks = self._slots.take_forks()
         plan = self._plan()
         while not plan.num_rows and (victim := self._last_held()) is not None:
             self._preempt(victim)
             plan = self._plan()
+        if not plan.num_rows:
+            self._slots.put_back_forks(forks)
+            return None
         plan.rows.sort(key=lambda row: row.num_tokens > 1)
-        return plan if plan.num_rows else None
+        plan.forks = forks
+        return plan
 
     def _last_held(self) -> Request | None:
         """The held request that gives way when nothing runs any more."""
@@ -264,6 +269,7 @@ class Scheduler:
         child.page_keys = list(parent.page_keys)
         child.scheduled_s = parent.scheduled_s
         self._run(child)
+        self._slots.fork(parent.slot, child.slot)
 
     def _fork_group(self, row: PlanRow, plan: StepPlan, num_behind: int) -> None:
         """A prompt that is computed to its end gives a first token to the request's siblings as well."""

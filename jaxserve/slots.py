@@ -1,4 +1,5 @@
-"""Slots: the places in the batch, and what each free one's page table still holds on the device. Knows no requests."""
+"""Slots: the places in the batch, what each free one's page table still holds on the device, and which go on as copies of
+others: a recurrent state lives in its request's slot. Knows no requests."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ class Slots:
     def __init__(self, count: int) -> None:
         self._free = list(range(count))[::-1]
         self._tables: list[list[int]] = [[] for _ in range(count)]
+        self._fork_of: dict[int, int] = {}  # those not copied yet
 
     @property
     def num_free(self) -> int:
@@ -27,6 +29,21 @@ class Slots:
         """Frees a slot whose table on the device holds these pages."""
         self._free.append(slot)
         self._tables[slot] = table
+        self._fork_of.pop(slot, None)
+
+    def fork(self, source: int, target: int) -> None:
+        """What the request in slot `source` has come to is where the one in slot `target` goes on from."""
+        self._fork_of[target] = self._fork_of.get(source, source)
+
+    def take_forks(self) -> list[tuple[int, int]]:
+        """The (from, to) slots to copy, all at once, before the step that is planned next."""
+        forks = [(source, target) for target, source in self._fork_of.items()]
+        self._fork_of.clear()
+        return forks
+
+    def put_back_forks(self, forks: list[tuple[int, int]]) -> None:
+        """Nothing was copied: there was no step."""
+        self._fork_of = {target: source for source, target in forks} | self._fork_of
 
     def forget_tables(self) -> None:
         """The device has lost its tables."""

@@ -6,6 +6,7 @@ Weights load while the programs compile.
 from __future__ import annotations
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,7 +19,7 @@ from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import Observer
-from jaxserve.models.interface import Runtime
+from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.loading import (
     ModelDescription,
     ModelSource,
@@ -67,9 +68,20 @@ class _Build:
     num_pages: int = PAGES_MULTIPLE  # provisional, until what else needs memory is known
 
     @property
+    def has_states(self) -> bool:
+        """Whether some layer keeps a recurrent state."""
+        return any(isinstance(spec, StateSpec) for spec in self.model.cache_specs)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether some layer keeps something for each token."""
+        return not all(isinstance(spec, StateSpec) for spec in self.model.cache_specs)
+
+    @property
     def page_size(self) -> int:
-        assert self.config.cache.block_size is not None
-        return self.config.cache.block_size
+        """Tokens a page holds. Where pages hold nothing, a request has one, so that they bind nobody and cost no tables."""
+        assert self.config.cache.block_size is not None and self.config.model.max_model_len is not None
+        return self.config.cache.block_size if self.has_pages else self.config.model.max_model_len
 
     @property
     def page_bytes(self) -> int:
@@ -97,7 +109,7 @@ class _Build:
             jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
             for w, axes in zip(self.model.abstract, self.model.logical_axes, strict=True)
         )
-        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings)
+        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.model.cache_specs)
 
     def compile(self, on_progress: Progress | None) -> Programs:
         return compile_programs(self.inputs(), self.model.apply, self.runtime, on_progress)
@@ -200,8 +212,19 @@ def _num_pages(build: _Build) -> int:
     cache, device = build.config.cache, build.shardings.mesh.devices.flat[0]
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
-    if cache.kv_cache_memory_bytes is not None or build.runtime.platform == "cpu":
-        return max((cache.kv_cache_memory_bytes or GIB) // build.page_bytes, 1)
+    if not build.has_pages:
+        assert build.config.scheduler.max_num_seqs is not None
+        return build.config.scheduler.max_num_seqs
+    if cache.kv_cache_memory_bytes is not None:
+        states = _state_bytes(build)
+        if (pages := (cache.kv_cache_memory_bytes - states) // build.page_bytes) < 1:
+            raise ConfigError(
+                f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes:,}, of which the requests' recurrent states take {states:,} "
+                f"and a page {build.page_bytes:,}. Raise it, or lower --max-num-seqs."
+            )
+        return pages
+    if build.runtime.platform == "cpu":
+        return max(GIB // build.page_bytes, 1)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     if not limit:
         raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
@@ -214,25 +237,30 @@ def _num_pages(build: _Build) -> int:
     if pages <= 0:
         raise ConfigError(
             f"the weights and programs need {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB on each device, which leaves no "
-            "KV pages. Raise --gpu-memory-utilization or --tensor-parallel-size, or lower --max-num-batched-tokens."
+            "KV pages. Raise --gpu-memory-utilization or --tensor-parallel-size, or lower --max-num-batched-tokens"
+            + (" or --max-num-seqs (each request has a recurrent state)." if build.has_states else ".")
         )
     return pages
 
 
 def _resident_bytes(build: _Build) -> int:
-    """What stays on each device besides the pool: weights, and what the sampler and the step keep."""
+    """What stays on each device besides the pages: weights, recurrent states, and what the sampler and the step keep."""
     inputs = build.inputs()
     results = [inputs.results(n) for n in inputs.buckets.samples]
     arrays = jax.tree.leaves((inputs.weights, inputs.shaping, results, inputs.packed, inputs.state.page_tables))
-    return sum(array.dtype.itemsize * _local_size(array) for array in arrays)
+    return sum(map(_local_bytes, arrays)) + _state_bytes(build)
 
 
-def _local_size(array: jax.ShapeDtypeStruct) -> int:
+def _state_bytes(build: _Build) -> int:
+    """Bytes of all requests' recurrent states on each device."""
+    inputs = build.inputs()
+    caches: Any = zip(inputs.state.caches, inputs.is_state, strict=True)
+    return sum(_local_bytes(cache) for cache, is_state in caches if is_state)
+
+
+def _local_bytes(array: jax.ShapeDtypeStruct) -> int:
     assert array.sharding is not None
-    size = 1
-    for n in array.sharding.shard_shape(array.shape):
-        size *= n
-    return size
+    return int(array.dtype.itemsize * math.prod(array.sharding.shard_shape(array.shape)))
 
 
 def _fit_model_len(build: _Build, asked: int | None) -> EngineConfig:
@@ -257,7 +285,8 @@ def _scheduler(build: _Build) -> Scheduler:
         max_page_updates=buckets.max_page_updates,
     )
     pool = PagePool(build.num_pages)
-    cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching else None
+    # A page alone cannot be gone on from where layers also keep a state.
+    cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching and not build.has_states else None
     return Scheduler(limits, pool, build.page_size, cache)
 
 
@@ -289,6 +318,10 @@ def _summary(build: _Build, programs: Programs) -> dict[str, str]:
     config, mesh = build.config, build.shardings.mesh
     tokens = build.num_pages * build.page_size
     assert config.model.max_model_len is not None
+    states = {
+        "recurrent states": f"{config.scheduler.max_num_seqs} requests, {_state_bytes(build) / GIB:.2f} GiB a device",
+        "prefix cache": "off: this model keeps a recurrent state, which pages do not hold",
+    }
     return {
         "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
         "dtype": build.dtype.name,
@@ -298,5 +331,6 @@ def _summary(build: _Build, programs: Programs) -> dict[str, str]:
         f"{build.num_pages * build.page_bytes / GIB:.2f} GiB a device",
         "max concurrency": f"{config.scheduler.max_num_seqs} requests; {tokens / config.model.max_model_len:.1f} "
         f"of the full {config.model.max_model_len:,} tokens",
+        **(states if build.has_states else {}),
         "programs": str(len(programs)),
     }

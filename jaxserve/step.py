@@ -27,7 +27,7 @@ class DeviceState:
     """What `forward` updates in place.
 
     Attributes:
-        caches: one array a layer; their layout belongs to the kernels.
+        caches: one for each of the model's cache specs: pages, whose layout belongs to the kernels, or states by slot.
         page_tables: [slots, pages of the longest request].
     """
 
@@ -94,6 +94,11 @@ def sample(
     return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
 
 
-def copy_pages(caches: tuple[Array, ...], sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> tuple[Array, ...]:
-    """Copies whole pages in every layer (copy on write); a target past the pool is no copy."""
-    return tuple(cache.at[targets].set(cache[sources], mode="drop") for cache in caches)
+def copy_entries(
+    caches: tuple[Array, ...], sources: Int[Array, " copies"], targets: Int[Array, " copies"], *, chosen: tuple[bool, ...]
+) -> tuple[Array, ...]:
+    """Copies whole pages (copy on write), or the states of whole slots, in every chosen cache; a target past the end is no copy."""
+    return tuple(
+        cache.at[targets].set(cache[sources], mode="drop") if copied else cache
+        for cache, copied in zip(caches, chosen, strict=True)
+    )

@@ -51,6 +51,7 @@ class StepPlan:
         rows: all other requests of the step.
         placed: requests that have just got their slot.
         page_copies: (from, to) pages to copy before the step.
+        forks: (from, to) slots: before the step, the second goes on from where the first is; all at once.
     """
 
     decodes: list[Request] = field(default_factory=list)
@@ -60,6 +61,7 @@ class StepPlan:
     num_samples: int = 0
     num_page_updates: int = 0
     page_copies: list[tuple[int, int]] = field(default_factory=list)
+    forks: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:

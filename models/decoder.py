@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import CacheSpec, Runtime, StepBatch
-from jaxserve.models.layers.attention import Attention
+from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, weight
+from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotation
@@ -21,7 +22,7 @@ from jaxserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 
 
 class DecoderLayer(nnx.Module):
-    """A mixer over tokens and an mlp, each adding to the residual stream."""
+    """A mixer over tokens and an mlp, each adding to the residual stream; either may be missing."""
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, dtype: DTypeLike) -> None:
         def norm() -> Norm:
@@ -29,19 +30,28 @@ class DecoderLayer(nnx.Module):
 
         sandwich = spec.norm_placement == "sandwich"
         self.residual_multiplier = spec.residual_multiplier
-        self.mixer_norm = norm()
-        self.mixer = Attention(spec.d_model, layer.mixer, dtype)
-        self.mixer_out_norm = norm() if sandwich else None
-        self.mlp_norm = norm()
-        self.mlp = Mlp(spec.d_model, layer.mlp, dtype)
-        self.mlp_out_norm = norm() if sandwich else None
+        if layer.mixer is not None:
+            self.mixer_norm = norm()
+            self.mixer_out_norm = norm() if sandwich else None
+        self.mixer = None if layer.mixer is None else make_mixer(spec.d_model, layer.mixer, dtype)
+        if layer.mlp is not None:
+            self.mlp_norm = norm()
+            self.mlp_out_norm = norm() if sandwich else None
+        self.mlp = None if layer.mlp is None else Mlp(spec.d_model, layer.mlp, dtype)
 
     def __call__(
-        self, x: Float[Array, "T D"], cache: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
-    ) -> tuple[Float[Array, "T D"], Array]:
-        mixed, cache = self.mixer(self.mixer_norm(x), cache, batch, rotation, runtime)
-        x = self._add(x, mixed, self.mixer_out_norm)
-        return self._add(x, self.mlp(self.mlp_norm(x)), self.mlp_out_norm), cache
+        self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+    ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        if self.mixer is not None:
+            mixed, caches = self.mixer(self.mixer_norm(x), caches, batch, rotation, runtime)
+            x = self._add(x, mixed, self.mixer_out_norm)
+        if self.mlp is not None:
+            x = self._add(x, self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
+        return x, caches
+
+    def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
+        """What the layer keeps."""
+        return () if self.mixer is None else self.mixer.cache_specs()
 
     def _add(self, x: Array, change: Array, out_norm: Norm | None) -> Array:
         if out_norm is not None:
@@ -54,13 +64,13 @@ def _run_layer(
     graphdef: nnx.GraphDef[DecoderLayer],
     state: Any,
     x: Float[Array, "T D"],
-    cache: Array,
+    caches: tuple[Array, ...],
     batch: StepBatch,
     rotation: Rotation | None,
     runtime: Runtime,
-) -> tuple[Float[Array, "T D"], Array]:
+) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
     """Traced and lowered once for all layers alike; XLA inlines the calls, so that nothing is left of them at run time."""
-    return nnx.merge(graphdef, state)(x, cache, batch, rotation, runtime)
+    return nnx.merge(graphdef, state)(x, caches, batch, rotation, runtime)
 
 
 class Decoder(nnx.Module):
@@ -92,15 +102,16 @@ class Decoder(nnx.Module):
         """
         x = self._embed(batch)
         rotations = self._rotations(batch)
-        new_caches = []
-        for layer, layer_spec, cache in zip(self.layers, self.spec.layers, caches, strict=True):
-            x, cache = _run_layer(*nnx.split(layer), x, cache, batch, rotations[layer_spec.mixer.rope], runtime)
-            new_caches.append(cache)
+        remaining, new_caches = iter(caches), []
+        for layer, layer_spec in zip(self.layers, self.spec.layers, strict=True):
+            own = tuple(islice(remaining, len(layer.cache_specs())))
+            x, own = _run_layer(*nnx.split(layer), x, own, batch, rotations[layer_spec.rope], runtime)
+            new_caches += own
         return self._logits(jnp.take(x, batch.logit_rows, axis=0, mode="clip")), tuple(new_caches)
 
-    def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """What each layer keeps for each token."""
-        return tuple(layer.mixer.cache_spec() for layer in self.layers)
+    def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
+        """What the layers keep."""
+        return tuple(spec for layer in self.layers for spec in layer.cache_specs())
 
     def _embed(self, batch: StepBatch) -> Float[Array, "T D"]:
         x = jnp.take(self.embed.get_value(), batch.token_ids, axis=0, mode="clip")
@@ -108,7 +119,7 @@ class Decoder(nnx.Module):
 
     def _rotations(self, batch: StepBatch) -> dict[RopeSpec | None, Rotation | None]:
         """The angles of each rope that some layer has, made once for all of them."""
-        ropes = dict.fromkeys(layer.mixer.rope for layer in self.spec.layers)  # in the layers' order: same program every time
+        ropes = dict.fromkeys(layer.rope for layer in self.spec.layers)  # in the layers' order: same program every time
         return {rope: None if rope is None else rotation(rope, batch.positions) for rope in ropes}
 
     def _logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.decoder import abstract_decoder
-from jaxserve.models.interface import CacheSpec, LogicalAxes, Runtime, StepBatch
+from jaxserve.models.interface import AnyCacheSpec, LogicalAxes, Runtime, StepBatch
 from jaxserve.models.spec import DecoderSpec
 
 
@@ -39,13 +39,13 @@ class ModelDescription:
     Attributes:
         name: of the architecture.
         parameters: in the order in which apply takes their arrays.
-        cache_specs: of each layer, in the order in which apply takes the caches.
+        cache_specs: of all layers, in the order in which apply takes the caches; a layer may have none, or several.
     """
 
     name: str
     spec: DecoderSpec
     parameters: tuple[Parameter, ...]
-    cache_specs: tuple[CacheSpec, ...]
+    cache_specs: tuple[AnyCacheSpec, ...]
     graphdef: nnx.GraphDef[Any]
     treedef: jax.tree_util.PyTreeDef
 

@@ -9,7 +9,8 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.pallas_kernels import paged_attention as kernels
 
@@ -42,6 +43,7 @@ class StepBatch:
         page_tables: [B, pages of the longest request]; entries past kv_lens are never read.
         write_slots: [T], page * page_size + offset where the token's key and value go.
         num_single_rows: [], how many leading rows have exactly one token.
+        slots: [B], where each row's request keeps its state; past the pool for padding rows.
         logit_rows: [S], which tokens' logits are wanted.
     """
 
@@ -52,7 +54,18 @@ class StepBatch:
     page_tables: Int[Array, "B pages"]
     write_slots: Int[Array, " T"]
     num_single_rows: Int[Array, ""]
+    slots: Int[Array, " B"]
     logit_rows: Int[Array, " S"]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether no row has more than one token: row b's token is token b."""
+        return self.token_ids.shape[0] == self.kv_lens.shape[0]
+
+    @property
+    def starts(self) -> Bool[Array, " B"]:
+        """Which rows begin with their request's first token: whatever their slot holds is another request's."""
+        return self.kv_lens == self.query_start[1:] - self.query_start[:-1]
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,24 @@ class CacheSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What one layer keeps for each request, however long its text: a state that every token changes.
+
+    Attributes:
+        shape: of one request's state.
+        axes: of its dimensions.
+        dtype: None for the model's. A state that sums over a whole text wants float32.
+    """
+
+    shape: tuple[int, ...]
+    axes: LogicalAxes
+    dtype: DTypeLike | None = None
+
+
+AnyCacheSpec = CacheSpec | StateSpec
 
 
 @dataclass(frozen=True)

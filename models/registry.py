@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.families import gemma, llama
+from jaxserve.models.families import gemma, llama, mamba
 from jaxserve.models.families.architecture import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (*llama.ARCHITECTURES, *gemma.ARCHITECTURES)
+ARCHITECTURES: tuple[Architecture, ...] = (*llama.ARCHITECTURES, *gemma.ARCHITECTURES, *mamba.ARCHITECTURES)
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:

@@ -128,15 +128,52 @@ class MlpSpec:
         _check_positive(self, "dim")
 
 
-MixerSpec = AttentionSpec  # the union of everything that can mix tokens
+@dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """A selective state space with a state for each channel (Mamba, https://arxiv.org/abs/2312.00752).
+
+    Attributes:
+        dim: channels.
+        state_dim: values that each channel keeps.
+        dt_rank: width of what the time steps are projected from.
+        conv_kernel: tokens that the causal convolution sees.
+        activation: after the convolution.
+        conv_bias: a bias on the convolution.
+        proj_bias: a bias on the projections in and out.
+        inner_norm: normalises dt, B and C before they are used (Jamba).
+    """
+
+    dim: int
+    state_dim: int
+    dt_rank: int
+    conv_kernel: int
+    activation: Activation
+    conv_bias: bool = True
+    proj_bias: bool = False
+    inner_norm: NormSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "dim", "state_dim", "dt_rank", "conv_kernel")
+
+
+MixerSpec = AttentionSpec | MambaSpec  # everything that can mix tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: a mixer over tokens, then an mlp over each of them."""
+    """One decoder layer: a mixer over tokens, then an mlp over each of them. Either may be missing."""
 
-    mixer: MixerSpec
-    mlp: MlpSpec
+    mixer: MixerSpec | None
+    mlp: MlpSpec | None
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        """The attention among its mixers."""
+        return self.mixer if isinstance(self.mixer, AttentionSpec) else None
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        return None if self.attention is None else self.attention.rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +218,9 @@ class DecoderSpec:
         return replace(self, layers=tuple(replace(layer, mixer=_repeat_kv(layer.mixer, repeat)) for layer in self.layers))
 
 
-def _repeat_kv(mixer: MixerSpec, repeat: Callable[[int], int]) -> MixerSpec:
+def _repeat_kv(mixer: MixerSpec | None, repeat: Callable[[int], int]) -> MixerSpec | None:
+    if not isinstance(mixer, AttentionSpec):
+        return mixer
     group, times = mixer.num_heads // mixer.num_kv_heads, repeat(mixer.num_kv_heads)
     if group % times:
         raise ConfigError(

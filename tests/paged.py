@@ -31,7 +31,8 @@ def paged_logits(
     pages = -(-length // PAGE)
     abstract = abstract_state(model.cache_specs, pages * num_rows + 1, PAGE, num_rows, pages, model.abstract[0].dtype, shardings)
     state = jax.tree.map(
-        lambda x: jax.device_put(jnp.full(x.shape, jnp.nan if x.ndim == 4 else 0, x.dtype), x.sharding), abstract
+        lambda x: jax.device_put(jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), x.sharding),
+        abstract,
     )
     last_tokens = jax.device_put(jnp.zeros(num_rows, jnp.int32), shardings.replicated)
     ids = np.random.default_rng(0).permutation(pages * num_rows).reshape(num_rows, pages)

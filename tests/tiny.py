@@ -14,8 +14,8 @@ from flax import nnx
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.models.decoder import abstract_decoder
-from jaxserve.models.interface import Runtime, StepBatch
-from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
+from jaxserve.models.interface import Runtime, StateSpec, StepBatch
+from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MambaSpec, MlpSpec, NormSpec, RopeSpec
 from jaxserve.outputs import RequestOutput
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
@@ -28,10 +28,14 @@ from jaxserve.sharding import Shardings, make_mesh
 VOCAB = 96
 
 
-def tiny_spec(window: int | None = None) -> DecoderSpec:
+def tiny_spec(window: int | None = None, recurrent: bool = False) -> DecoderSpec:
+    """Two layers of attention, the second with a window; recurrent: one between two that keep a state."""
     mixer = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(theta=1e4, rotary_dim=16))
     layers = [LayerSpec(mixer=mixer, mlp=MlpSpec(dim=48, activation="silu"))]
     layers.append(LayerSpec(mixer=AttentionSpec(**(vars(mixer) | {"window": window})), mlp=layers[0].mlp))
+    if recurrent:
+        state = MambaSpec(dim=48, state_dim=4, dt_rank=3, conv_kernel=4, activation="silu")
+        layers = [LayerSpec(mixer=state, mlp=None), layers[0], LayerSpec(mixer=state, mlp=layers[0].mlp)]
     return DecoderSpec(vocab_size=VOCAB, d_model=32, layers=tuple(layers), norm=NormSpec(eps=1e-5), max_position=512)
 
 
@@ -60,10 +64,11 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first two need programs of their own; the others are limits that the host keeps below what is compiled."""
+    """The first three need programs of their own; the others are limits that the host keeps below what is compiled."""
 
     page_size: int = 16
     window: int | None = None
+    recurrent: bool = False
     num_pages: int = NUM_PAGES
     max_num_seqs: int = 4
     max_num_batched_tokens: int = NUM_TOKENS
@@ -72,8 +77,8 @@ class TinyOptions:
 
 
 @cache
-def _programs(page_size: int, window: int | None) -> tuple[Buckets, ProgramInputs, Programs, Any]:
-    spec = tiny_spec(window)
+def _programs(page_size: int, window: int | None, recurrent: bool) -> tuple[Buckets, ProgramInputs, Programs, Any]:
+    spec = tiny_spec(window, recurrent)
     apply, weights = tiny_weights(spec)
     mesh = make_mesh(1)
     shardings = Shardings(mesh)
@@ -83,18 +88,19 @@ def _programs(page_size: int, window: int | None) -> tuple[Buckets, ProgramInput
     state = abstract_state(specs, NUM_PAGES, page_size, NUM_SLOTS, pages_per_slot, jnp.dtype("float32"), shardings)
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
-    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, buckets, shardings)
+    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, buckets, shardings, specs)
     return buckets, inputs, compile_programs(inputs, apply, Runtime("cpu", mesh), threads=2), placed
 
 
 def tiny_engine(**changes: Any) -> Engine:
     """An engine without tokenizer; equal options share their compiled programs."""
     options = TinyOptions(**changes)
-    buckets, inputs, programs, weights = _programs(options.page_size, options.window)
+    buckets, inputs, programs, weights = _programs(options.page_size, options.window, options.recurrent)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
-    scheduler = Scheduler(limits, pool, options.page_size, PrefixCache(pool) if options.prefix_caching else None)
+    cache = PrefixCache(pool) if options.prefix_caching and not options.recurrent else None
+    scheduler = Scheduler(limits, pool, options.page_size, cache)
     config = EngineConfig.from_options(model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed)
     return Engine(config, scheduler, Runner(weights, programs, inputs), None, vocab_size=VOCAB)
 
@@ -148,26 +154,31 @@ def _dense(spec: DecoderSpec) -> Any:
     @jax.jit
     def logits(token_ids: jax.Array) -> jax.Array:
         n = token_ids.shape[0]
-        zero = jnp.zeros(1, jnp.int32)
-        batch = StepBatch(token_ids, jnp.arange(n), jnp.zeros(2, jnp.int32), zero, zero[None], token_ids, zero[0], jnp.arange(n))
-        return apply(weights, batch, (zero,) * len(spec.layers), DenseRuntime())[0]
+        zero, length = jnp.zeros(1, jnp.int32), jnp.full(1, n)
+        start = jnp.concatenate([zero, length])
+        batch = StepBatch(token_ids, jnp.arange(n), start, length, zero[None], token_ids, zero[0], zero, jnp.arange(n))
+        specs = abstract_decoder(spec, jnp.float32).cache_specs()
+        caches = tuple(jnp.zeros((1, *s.shape)) if isinstance(s, StateSpec) else zero for s in specs)
+        return apply(weights, batch, caches, DenseRuntime())[0]
 
     return logits
 
 
-def dense_logits(token_ids: list[int], window: int | None = None) -> np.ndarray:
+def dense_logits(token_ids: list[int], window: int | None = None, recurrent: bool = False) -> np.ndarray:
     """[len(token_ids), V]: the oracle's logits."""
     padded = np.zeros(256, np.int32)
     padded[: len(token_ids)] = token_ids
-    return np.asarray(_dense(tiny_spec(window))(jnp.asarray(padded)))[: len(token_ids)]
+    return np.asarray(_dense(tiny_spec(window, recurrent))(jnp.asarray(padded)))[: len(token_ids)]
 
 
-def assert_greedy(prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3) -> None:
+def assert_greedy(
+    prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3, recurrent: bool = False
+) -> None:
     """Each output token is the oracle's best, up to near-ties of the logits."""
-    logits = dense_logits(prompt + output, window)[len(prompt) - 1 : -1]
+    logits = dense_logits(prompt + output, window, recurrent)[len(prompt) - 1 : -1]
     chosen = logits[np.arange(len(output)), output]
     assert np.all(chosen >= logits.max(axis=-1) - near_tie), f"not the oracle's tokens: {output} != {logits.argmax(-1)}"
 
 
 def compiled_programs() -> Programs:
-    return _programs(16, None)[2]
+    return _programs(16, None, False)[2]

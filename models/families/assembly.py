@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxserve.models.spec import LayerSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec
 
 Index = tuple[slice, ...]
 """Which part of an array is wanted: a contiguous range with start and stop on every axis."""
@@ -29,6 +29,12 @@ class Target:
     path: str
     shape: Shape
     layer: LayerSpec | None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The attention that the parameter belongs to."""
+        assert self.layer is not None and self.layer.attention is not None, self.path
+        return self.layer.attention
 
 
 class Assembly(Protocol):
@@ -107,14 +113,12 @@ class FusedQkv:
     names: tuple[str, str, str]
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        assert target.layer is not None, target.path
-        mixer, inputs = target.layer.mixer, target.shape[:-3]
+        mixer, inputs = target.attention, target.shape[:-3]
         q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
         return (q, *inputs), (kv, *inputs), (kv, *inputs)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        assert target.layer is not None, target.path
-        mixer, repeat = target.layer.mixer, target.layer.mixer.kv_repeat
+        mixer, repeat = target.attention, target.attention.kv_repeat
         *inputs, heads, group, dims = index
         first, last = heads.start // repeat, -(-heads.stop // repeat)  # kv heads of the checkpoint
         copies = np.arange(heads.start, heads.stop) // repeat - first

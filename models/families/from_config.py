@@ -57,10 +57,15 @@ def _scaling(kind: str, fields: Mapping[str, Any]) -> RopeScaling | None:
     return None
 
 
-def gated_mlp(config: HfConfig, activation: str, *, bias: bool = False) -> MlpSpec:
-    if activation not in _ACTIVATIONS:
-        raise ModelLoadError(f"activation {activation!r} is not supported; jaxserve can do {', '.join(_ACTIVATIONS)}")
-    return MlpSpec(dim=config.intermediate_size, activation=_ACTIVATIONS[activation], bias=bias)
+def activation(name: str) -> Activation:
+    """What transformers calls `name`."""
+    if name not in _ACTIVATIONS:
+        raise ModelLoadError(f"activation {name!r} is not supported; jaxserve can do {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def gated_mlp(config: HfConfig, act: str, *, bias: bool = False) -> MlpSpec:
+    return MlpSpec(dim=config.intermediate_size, activation=activation(act), bias=bias)
 
 
 def windows(config: HfConfig) -> Sequence[int | None]:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import CacheSpec, Runtime, StepBatch
+from jaxserve.models.interface import AnyCacheSpec, CacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotate
@@ -32,10 +32,10 @@ class Attention(nnx.Module):
         self.out_bias = parameter((d_model,), ("embed",), dtype) if spec.out_bias else None
 
     def __call__(
-        self, x: Float[Array, "T D"], kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
-    ) -> tuple[Float[Array, "T D"], Array]:
+        self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+    ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's keys and values."""
-        spec = self.spec
+        spec, (kv_pages,) = self.spec, caches
         qkv = linear(x, self.qkv.get_value(), value(self.qkv_bias))  # [T, K, G + 2, H]
         q = qkv[:, :, : spec.group_size].reshape(-1, spec.num_heads, spec.head_dim)
         k, v = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, H]
@@ -45,9 +45,9 @@ class Attention(nnx.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         kv_pages = runtime.write_kv(kv_pages, k, v, batch)
         mixed = runtime.attend(q, kv_pages, batch, scale=spec.scale, window=spec.window, softcap=spec.softcap)
-        return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), kv_pages
+        return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)
 
-    def cache_spec(self) -> CacheSpec:
-        """What the layer keeps for each token."""
+    def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
+        """What the layer keeps: pages of keys and values."""
         spec = self.spec
-        return CacheSpec("full" if spec.window is None else "sliding", spec.array_kv_heads, spec.head_dim, spec.window)
+        return (CacheSpec("full" if spec.window is None else "sliding", spec.array_kv_heads, spec.head_dim, spec.window),)

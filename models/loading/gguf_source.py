@@ -78,12 +78,14 @@ def _restored(file: GgufFile, architecture: Architecture, spec: DecoderSpec) -> 
     hf_names = _hf_names(file, architecture, spec)
     is_llama = file.metadata["general.architecture"] == "llama"
     is_gemma = file.metadata["general.architecture"].startswith("gemma")
+    attention = spec.layers[0].attention
+    assert attention is not None, "every architecture that GGUF files are read for has attention"
+    head_dim = attention.head_dim
     for name, tensor in file.tensors.items():
         if name in _CONFIG_TENSORS:
             continue
         order = None
         hf_name = hf_names.get(name, name)
-        head_dim = spec.layers[0].mixer.head_dim
         if is_llama and _QK_PROJECTION.search(hf_name) and tensor.shape[0] % head_dim == 0:  # else it is refused later
             order = _rope_order(head_dim, tensor.shape[0])
         offset = -1.0 if is_gemma and name.endswith("norm.weight") else 0.0  # llama.cpp stores Gemma's 1 + weight

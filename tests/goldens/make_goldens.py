@@ -77,19 +77,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Models without attention take none of BASE's fields.
+PLAIN = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2}
+
+RECURRENT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", PLAIN | {"state_size": 8}),
+    "mamba_bias": ("mamba", PLAIN | {"expand": 3, "conv_kernel": 3, "time_step_rank": 5, "use_bias": True,
+                                     "use_conv_bias": False, "hidden_act": "gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+
+
 def make(case: str) -> float:
     """Writes the files of one case; returns the spread of its logits."""
     import torch
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, changes = CASES[case]
+    model_type, fields = RECURRENT_CASES.get(case) or (CASES[case][0], BASE | CASES[case][1])
     out = FOLDER / case
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rng = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as scratch:
-        config = AutoConfig.for_model(model_type, **(BASE | changes))
+        config = AutoConfig.for_model(model_type, **fields)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
         file = Path(scratch) / "model.safetensors"
         tensors = {
@@ -114,5 +124,5 @@ def make(case: str) -> float:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or CASES:
+    for name in sys.argv[1:] or CASES | RECURRENT_CASES:
         print(f"{name}: logits std {make(name):.3f}", flush=True)

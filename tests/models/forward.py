@@ -14,7 +14,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxserve.models.interface import Runtime, ShardingFor, StepBatch
 from jaxserve.models.loading import ModelDescription, describe_model, load_weights, open_source
-from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
+from jaxserve.runner import abstract_state
+from jaxserve.sharding import Shardings, make_mesh
 
 PAGE_SIZE = 16
 Weights = tuple[jax.Array, ...]
@@ -48,6 +49,7 @@ def prompts_batch(tokens: np.ndarray, logit_rows: Sequence[int] | None = None) -
         np.arange(num * pages).reshape(num, pages),
         (starts + positions).reshape(-1),
         np.array(0),
+        np.arange(num),
         np.asarray(rows),
     )
     return StepBatch(*(jnp.asarray(a, jnp.int32) for a in arrays)), num * pages
@@ -64,13 +66,14 @@ def forward(
     """Logits [B, length, V] of tokens [B, length]; [S, V] where only some rows are wanted."""
     batch, num_pages = prompts_batch(tokens, logit_rows)
     run = partial(model.apply, runtime=runtime or Runtime("cpu"))
-    logits, _ = jax.jit(run)(weights, batch, empty_caches(model, num_pages))
+    logits, _ = jax.jit(run)(weights, batch, empty_caches(model, num_pages, len(tokens)))
     return np.asarray(logits if logit_rows is not None else logits.reshape(*tokens.shape, -1))
 
 
-def empty_caches(model: ModelDescription, num_pages: int) -> tuple[jax.Array, ...]:
-    shapes = (kv_pages_shape(num_pages, PAGE_SIZE, s.num_kv_heads, s.head_dim) for s in model.cache_specs)
-    return tuple(jnp.zeros(shape, model.abstract[0].dtype) for shape in shapes)
+def empty_caches(model: ModelDescription, num_pages: int, num_slots: int) -> tuple[jax.Array, ...]:
+    dtype = model.abstract[0].dtype
+    state = abstract_state(model.cache_specs, num_pages, PAGE_SIZE, num_slots, 1, dtype, Shardings(make_mesh(1)))
+    return tuple(jnp.zeros(cache.shape, cache.dtype) for cache in state.caches)
 
 
 def logit_error(got: np.ndarray, wanted: np.ndarray) -> float:
