@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.limits import Limits
 from jaxserve.metrics import FinishedStats, StepStats, TokenStats
 from jaxserve.packing import Packer
 from jaxserve.page_pool import PagePool
@@ -30,7 +31,7 @@ from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import choose_buckets
 from jaxserve.request import Request
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.scheduler import Scheduler
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_runner import InFlight
 

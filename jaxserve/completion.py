@@ -71,13 +71,14 @@ class Completion:
 
     def output(self) -> CompletionOutput | None:
         """What there is to show; None where nothing is new under OutputKind.DELTA."""
-        request, kind = self.request, self.request.group.params.output_kind
-        start, text = 0, self._detokenizer.text if self._detokenizer is not None else ""
-        if kind is OutputKind.DELTA:
+        request, detokenizer, start = self.request, self._detokenizer, 0
+        if self._params.output_kind is OutputKind.DELTA:
             if not self._changed:
                 return None
             start, self._num_given = self._num_given, request.num_output_tokens
-            text = self._detokenizer.take_delta() if self._detokenizer is not None else ""
+            text = detokenizer.take_delta() if detokenizer is not None else ""
+        else:
+            text = detokenizer.text if detokenizer is not None else ""
         self._changed = False
         return CompletionOutput(
             index=request.index,

@@ -252,9 +252,9 @@ class Engine:
         """Gives each sampled token to its request and collects what the users see."""
         changed = self._intake.take(step)
         outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
-        for group in changed.values():
-            if group.finished:
-                self._forget(group)
+        for output in outputs:
+            if output.finished:
+                self._forget(self._groups[output.request_id])
         return outputs
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

@@ -78,17 +78,17 @@ class Intake:
     def _take_decodes(self, step: InFlight, tokens: list[int], results: StepResults, changed: Changed) -> list[Request]:
         """Gives the tokens of plan.decodes to those that still live, and returns these. Every request passes here in every step."""
         finished, taken = Status.FINISHED, []
-        for i, request in enumerate(step.plan.decodes):
+        for i, request, token in zip(range(len(tokens)), step.plan.decodes, tokens, strict=False):  # tokens are padded
             request.num_in_flight -= 1
             if request.status is finished:
                 continue
             taken.append(request)
             if not request.is_silent:
-                self._take_token(request, i, tokens[i], results, changed)
+                self._take_token(request, i, token, results, changed)
                 continue
             token_ids = request.token_ids
-            token_ids.append(tokens[i])
-            if len(token_ids) == request.max_num_tokens or tokens[i] in request.stop_ids:
+            token_ids.append(token)
+            if len(token_ids) == request.max_num_tokens or token in request.stop_ids:
                 self._completions[request].check_end()
                 if request.finish_reason is not None:
                     self.finish(request)

@@ -27,7 +27,9 @@ class Packer:
         shape = self._buckets.choose(plan.num_rows, plan.num_tokens, plan.num_samples, plan.num_page_updates)
         buffer = PlanBuffer(shape, self._num_slots, self._buckets.plan_size)
         self._pack_decodes(plan, buffer)
-        self._pack_rows(plan, buffer)
+        self._pack_pages(plan, buffer)
+        if plan.rows:
+            self._pack_rows(plan, buffer)
         if sampled:
             self._pack_sampled(sampled, len(plan.decodes), buffer)
         return buffer
@@ -40,24 +42,31 @@ class Packer:
         buffer.row_slot[:count] = slots
         buffer.row_position[:count] = num_computed - 1
         buffer.row_tokens[:count] = 1
+        buffer.num_single_rows[0] = count
         buffer.logit_rows[:count] = np.arange(count)
         buffer.samples[:count] = self._sample_fields[slots]
         buffer.samples[:count, POSITION] = num_computed
 
+    def _pack_pages(self, plan: StepPlan, buffer: PlanBuffer) -> None:
+        """The changes of page tables."""
+        width = self._buckets.pages_per_slot
+        page_index = [request.slot * width + len(request.pages) - 1 for request in plan.grown]
+        page_id = [request.pages[-1] for request in plan.grown]
+        for row in plan.rows:
+            request = row.request
+            page_index += range(request.slot * width + row.new_pages, request.slot * width + len(request.pages))
+            page_id += request.pages[row.new_pages :]
+        buffer.page_index[: len(page_index)] = page_index
+        buffer.page_id[: len(page_id)] = page_id
+
     def _pack_rows(self, plan: StepPlan, buffer: PlanBuffer) -> None:
-        """Tokens, places and new pages of the rows, and where their logits are."""
+        """Tokens and places of the rows, and where their logits are."""
         token_ids: list[int] = []
         logit_rows: list[int] = []
-        page_index: list[int] = []
-        page_id: list[int] = []
         first = len(plan.decodes)
         for row in plan.rows:
-            request, at = row.request, first + len(token_ids)
-            token_ids += request.token_ids[row.start : row.start + row.num_tokens] or (ON_DEVICE,)
-            if row.new_pages < len(request.pages):
-                table = request.slot * self._buckets.pages_per_slot
-                page_index += range(table + row.new_pages, table + len(request.pages))
-                page_id += request.pages[row.new_pages :]
+            at = first + len(token_ids)
+            token_ids += row.request.token_ids[row.start : row.start + row.num_tokens] or (ON_DEVICE,)
             logit_rows += range(at, at + row.num_targets)
             logit_rows += [at + row.num_tokens - 1] * len(row.samples)
         end = first + len(plan.rows)
@@ -65,9 +74,7 @@ class Packer:
         buffer.row_slot[first:end] = [row.request.slot for row in plan.rows]
         buffer.row_position[first:end] = [row.start for row in plan.rows]
         buffer.row_tokens[first:end] = [row.num_tokens for row in plan.rows]
-        buffer.num_single_rows[0] = first + sum(row.num_tokens == 1 for row in plan.rows)
-        buffer.page_index[: len(page_index)] = page_index
-        buffer.page_id[: len(page_id)] = page_id
+        buffer.num_single_rows[0] += sum(row.num_tokens == 1 for row in plan.rows)
         buffer.logit_rows[first : first + len(logit_rows)] = logit_rows
 
     def _pack_sampled(self, sampled: Sequence[SampleRow], first: int, buffer: PlanBuffer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,7 @@ class RequestGroup:
         )
 
 
+@dataclass(eq=False, slots=True)
 class Request:
     """One completion. Its tokens are the prompt's, then those the host has seen sampled.
 
@@ -103,46 +104,63 @@ class Request:
         wants_all_logprobs: log probabilities of the whole vocabulary are asked.
     """
 
-    def __init__(self, group: RequestGroup, index: int, seed: int, order: tuple[int, int]) -> None:
-        self.group = group
-        self.index = index
-        self.order = order
-        self.status = Status.WAITING
+    group: RequestGroup
+    index: int
+    seed: InitVar[int]
+    order: tuple[int, int]
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
+    num_in_flight: int = 0
+    num_computed: int = 0
+    decodes_until: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_passed: int = 0
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_pages_sent: int = 0
+    num_pages_cached: int = 0
+    page_keys: list[PageKey] = field(default_factory=list)
+    is_placed: bool = False
+    shares_pages: bool = False
+    is_held: bool = False
+    # What it is to give
+    stop_ids: frozenset[int] = field(init=False)
+    bans: frozenset[int] = field(init=False)
+    sample_fields: NDArray[np.int32] = field(init=False)
+    mode_rank: int = field(init=False)
+    needs_host: bool = field(init=False)
+    is_silent: bool = field(init=False)
+    wants_all_logprobs: bool = field(init=False)
+    # What it has given
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    scheduled_s: float | None = None  # first time in a step
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self, seed: int) -> None:
+        group, params = self.group, self.group.params
         self.token_ids = list(group.prompt_token_ids)
         self.num_prompt_tokens = len(group.prompt_token_ids)
-        self.stop_ids = group.stop_ids
         self.max_num_tokens = self.num_prompt_tokens + group.max_output_tokens
-        self.num_in_flight = 0
-        self.num_computed = 0
-        self.decodes_until = 0
-        self.num_cached_tokens = 0
-        self.num_preemptions = 0
-        self.num_passed = 0
-        self.is_placed = False
-        self.shares_pages = False
-        self.is_held = False
-        self.slot = -1
-        self.pages: list[int] = []
-        self.num_pages_sent = 0
-        self.page_keys: list[PageKey] = []
-        self.num_pages_cached = 0
-        self.logprobs: list[TokenLogprobs] | None = [] if group.params.logprobs is not None else None
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * self.num_prompt_tokens
-        self.cumulative_logprob = 0.0
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.scheduled_s: float | None = None  # first time in a step
-        self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
-        self.sample_fields = sample_fields(group, seed)
-        self.mode_rank = MODES.index(sampling_mode(group.params, bool(self.sample_fields[SHAPED])))
+        self.stop_ids = group.stop_ids
         self.bans = group.banned_next(())
+        self.sample_fields = sample_fields(group, seed)
+        self.mode_rank = MODES.index(sampling_mode(params, bool(self.sample_fields[SHAPED])))
         self.needs_host = group.beams is not None or any(len(word) > 1 for word in group.bad_word_ids)
-        is_shown = group.params.output_kind is not OutputKind.FINAL_ONLY or bool(group.params.stop)
+        is_shown = params.output_kind is not OutputKind.FINAL_ONLY or bool(params.stop)
         self.is_silent = not (is_shown or self.needs_host or self.has_logprobs)
         num_candidates = group.beams.num_candidates if group.beams is not None else None
-        wanted = (group.params.logprobs, group.params.prompt_logprobs, num_candidates)
+        wanted = (params.logprobs, params.prompt_logprobs, num_candidates)
         self.wants_all_logprobs = any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
+        self.logprobs = [] if params.logprobs is not None else None
+        self.prompt_logprobs = [None] * self.num_prompt_tokens
 
     @property
     def has_logprobs(self) -> bool:

@@ -95,8 +95,8 @@ class Runner:
         shaping = self._shaping if mode.needs_shaping else None
         self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
-        if not any(request.wants_all_logprobs for request in sampled):
-            outputs.pop("all_logprobs", None)
+        if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
+            del outputs["all_logprobs"]
         for output in outputs.values():
             output.copy_to_host_async()
         return cast(dict[str, jax.Array], outputs)

@@ -8,8 +8,8 @@ even while a step that used it is still running.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
 
+from jaxserve.limits import Limits
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.request import Request, Status
@@ -18,19 +18,6 @@ from jaxserve.step_plan import PlanRow, StepPlan
 
 MAX_PASSED = 64  # admissions past a waiting request that does not fit, before the queue waits for it
 MAX_LOOKED_AT = 32  # waiting requests that do not fit, before a step stops looking for one that does
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one step and the engine can hold.
-
-    Attributes:
-        max_page_updates: changes of page tables that a plan can carry; at least one whole table.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_page_updates: int
 
 
 class Scheduler:
@@ -142,7 +129,7 @@ class Scheduler:
             return self.running
         others = []
         for request in self.running:
-            if request.num_computed < request.decodes_until:
+            if request.num_computed < request.decodes_until or self._grow(request, plan):
                 request.num_computed += 1
                 request.num_in_flight += 1
                 plan.decodes.append(request)
@@ -151,12 +138,23 @@ class Scheduler:
         plan.num_tokens = plan.num_samples = len(plan.decodes)
         return others
 
+    def _grow(self, request: Request, plan: StepPlan) -> bool:
+        """Takes the page that a decoding request needs, if that is all it needs and there is one."""
+        is_full = 0 < request.decodes_until == request.num_computed < request.max_num_tokens - 1
+        if not is_full or plan.num_page_updates >= self.limits.max_page_updates or not self.pool.num_free:
+            return False
+        request.pages.append(self._allocate())
+        request.num_pages_sent += 1
+        request.decodes_until = min(request.num_computed + self.page_size, request.max_num_tokens - 1)
+        plan.grown.append(request)
+        plan.num_page_updates += 1
+        return True
+
     def _continue(self, request: Request, plan: StepPlan, num_behind: int) -> None:
         """Plans a running request's next tokens; preempts others, or itself, where the pool is full."""
         wanted = self._chunk(request, plan, num_behind)
         if request.status is not Status.RUNNING or wanted <= 0:
             return
-        self.record_computed_pages(request)
         while not self._reserve(request, request.num_computed + wanted, plan):
             victim = max(self.running, key=lambda r: (r.order, r.is_held))
             plan.drop(victim)
@@ -206,6 +204,7 @@ class Scheduler:
         return page
 
     def _preempt(self, request: Request) -> None:
+        self.record_computed_pages(request)  # when it comes back, it may find them
         self.running.remove(request)
         self._free(request)
         request.num_preemptions += 1

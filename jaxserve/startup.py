@@ -5,6 +5,7 @@ Weights load while the programs compile.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
+from jaxserve.limits import Limits
 from jaxserve.metrics import Observer
 from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.loading import (
@@ -45,7 +47,7 @@ from jaxserve.programs import (
 )
 from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
-from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
 
 if TYPE_CHECKING:
@@ -132,6 +134,9 @@ def build_engine(
         _build_replica(_plan(config, source, mesh), source, tokenizer, replica_observer, _of_replica(on_progress, i, len(meshes)))
         for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
     ]
+    # What is loaded stays. Else each full collection walks it all, while hundreds of streams wait.
+    gc.collect()
+    gc.freeze()
     return engines[0] if len(engines) == 1 else Replicas(engines)
 
 

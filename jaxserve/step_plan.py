@@ -48,6 +48,7 @@ class StepPlan:
 
     Attributes:
         decodes: requests that just go on: each computes its newest token, and gets the next one sampled.
+        grown: those of them that have got one more page.
         rows: all other requests of the step.
         placed: requests that have just got their slot.
         page_copies: (from, to) pages to copy before the step.
@@ -55,6 +56,7 @@ class StepPlan:
     """
 
     decodes: list[Request] = field(default_factory=list)
+    grown: list[Request] = field(default_factory=list)
     rows: list[PlanRow] = field(default_factory=list)
     placed: list[Request] = field(default_factory=list)
     num_tokens: int = 0
@@ -84,7 +86,12 @@ class StepPlan:
         if request in self.decodes:
             self.decodes.remove(request)
             self.num_tokens -= 1
+            request.num_computed -= 1
             self._unsample(request)
+        if request in self.grown:
+            self.grown.remove(request)
+            self.num_page_updates -= 1
+            request.num_pages_sent -= 1
         for row in list(self.rows):
             if request in row.samples:
                 row.samples.remove(request)
@@ -96,6 +103,7 @@ class StepPlan:
                 self.num_samples -= row.num_targets
                 self.num_page_updates -= request.num_pages_sent - row.new_pages
                 request.num_pages_sent = row.new_pages
+                request.num_computed = row.start
 
     def _unsample(self, request: Request) -> None:
         self.num_samples -= 1

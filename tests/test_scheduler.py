@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from jaxserve.limits import Limits
 from jaxserve.page_pool import PagePool
 from jaxserve.request import Request, RequestGroup, Status
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.scheduler import Scheduler
 
 PAGE_SIZE = 4
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.limits import Limits
 from jaxserve.models.decoder import abstract_decoder
 from jaxserve.models.interface import Runtime, StateSpec, StepBatch
 from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MambaSpec, MlpSpec, NormSpec, RopeSpec
@@ -22,7 +23,7 @@ from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import Buckets, ProgramInputs, Programs, choose_buckets, compile_programs
 from jaxserve.runner import Runner, abstract_state
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from jaxserve.scheduler import Limits, Scheduler
+from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, make_mesh
 
 VOCAB = 96
