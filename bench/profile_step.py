@@ -97,7 +97,7 @@ def device_times(llm: LLM, batch: int, context: int, trace: str | None = None) -
         start = time.perf_counter()
         for _ in range(count):
             packed = stage(runner._send(buffer.packed), packed)
-            state, results = forward(runner._weights, state, last, packed, results)
+            state, results = forward(runner._weights.arrays, state, last, packed, results)
             last, _, _ = sample(results, last, None)
         jax.block_until_ready(last)
         return (time.perf_counter() - start) / count * 1000
@@ -106,7 +106,7 @@ def device_times(llm: LLM, batch: int, context: int, trace: str | None = None) -
     result = {"forward_and_sample_ms": round(min(loop(50), loop(50)), 3)}
     start = time.perf_counter()
     for _ in range(20):
-        state, results = forward(runner._weights, state, last, packed, results)
+        state, results = forward(runner._weights.arrays, state, last, packed, results)
     result["dispatch_forward_ms"] = round((time.perf_counter() - start) / 20 * 1000, 3)
     jax.block_until_ready(results)
     if trace is not None:

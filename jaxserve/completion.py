@@ -91,8 +91,12 @@ class Completion:
         )
 
 
-def group_output(group: RequestGroup, completions: dict[Request, Completion], error: str | None = None) -> RequestOutput | None:
-    """What a user's request has to show now; None where there is nothing."""
+def group_output(group: RequestGroup, completions: dict[Request, Completion], weight_version: int) -> RequestOutput | None:
+    """What a user's request has to show now; None where there is nothing.
+
+    Args:
+        weight_version: of the weights that the newest tokens come from.
+    """
     finished = all(r.finish_reason is not None for r in group.requests)
     if (group.params.output_kind is OutputKind.FINAL_ONLY or group.beams is not None) and not finished:
         return None
@@ -109,15 +113,17 @@ def group_output(group: RequestGroup, completions: dict[Request, Completion], er
         finished=finished,
         num_cached_tokens=group.requests[0].num_cached_tokens,
         prompt_logprobs=group.requests[0].prompt_logprobs if group.params.prompt_logprobs is not None else None,
-        error=error,
+        error=group.error if finished else None,
+        weight_version=weight_version,
+        first_weight_version=weight_version if group.first_weight_version is None else group.first_weight_version,
     )
 
 
 def _best(outputs: list[CompletionOutput], n: int, finished: bool) -> list[CompletionOutput]:
-    """The n likeliest of best_of completions, numbered anew; none before all have ended."""
+    """The n likeliest of best_of completions, numbered anew, those that failed last; none before all have ended."""
     if not finished:
         return []
-    ranked = sorted(outputs, key=lambda o: -(o.cumulative_logprob or 0.0))[:n]
+    ranked = sorted(outputs, key=lambda o: (o.finish_reason == "error", -(o.cumulative_logprob or 0.0)))[:n]
     for index, output in enumerate(ranked):
         output.index = index
     return ranked

@@ -11,33 +11,38 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jaxserve.beam_search import BeamSearch
 from jaxserve.completion import Completion, group_output, is_live
 from jaxserve.config import EngineConfig
-from jaxserve.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
+from jaxserve.errors import EngineDeadError, InvalidRequestError
 from jaxserve.intake import Intake
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
 from jaxserve.reporter import Reporter
 from jaxserve.request import Request, RequestGroup
+from jaxserve.request_builder import RequestBuilder
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
+from jaxserve.step import Weights
 from jaxserve.step_runner import InFlight, StepRunner
+from jaxserve.weight_store import WeightStore
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 2  # steps that may fail in a row before the engine gives up
+MAX_FAILURES = 2  # failed steps in a row that end the engine
 
 
 class Engine:
     """Serves requests by continuous batching. Single-threaded: every method is called from one thread.
 
     Attributes:
+        weights: what the runner runs with; none where it only pretends to run.
         config: resolved: nothing is None that the engine needs.
         default_sampling: the model's own sampling defaults.
     """
@@ -50,6 +55,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         vocab_size: int,
+        weights: WeightStore | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         default_sampling: dict[str, Any] | None = None,
         description: dict[str, str] | None = None,
@@ -60,8 +66,8 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.tokenizer = tokenizer
+        self.weights = weights if weights is not None else WeightStore((), (), ())
         self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
         self.default_sampling = default_sampling or {}
         self.description = description or {}
         self._clock = clock
@@ -71,6 +77,8 @@ class Engine:
         self._before: InFlight | None = None  # the step before the one in flight, while it is not collected
         self._in_flight: InFlight | None = None
         self._failures = 0
+        self._dead: EngineDeadError | None = None
+        self._builder = RequestBuilder(self.max_model_len, vocab_size, eos_token_ids, tokenizer, config.scheduler)
         self._order = itertools.count()
         self._names = itertools.count()
         self._seeds = np.random.default_rng(config.model.seed)
@@ -121,15 +129,11 @@ class Engine:
         """
         request_id = f"request-{next(self._names)}" if request_id is None else request_id
         self.check(request_id, prompt_token_ids, params, priority)
-        room = self.max_model_len - len(prompt_token_ids)
-        group = RequestGroup(
-            request_id=request_id,
-            prompt_token_ids=list(prompt_token_ids),
-            params=params,
-            max_output_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
-            bad_word_ids=self._bad_words(params),
-            prompt=prompt,
+        group = self._builder.build(
+            request_id,
+            prompt_token_ids,
+            params,
+            prompt,
             cache_salt=cache_salt,
             continues_text=continues_text,
             arrival_s=self._clock(),
@@ -171,6 +175,8 @@ class Engine:
 
     def dispatch(self) -> None:
         """The first half of a step: sends it on its way, if no more than one is under way."""
+        if self._dead is not None:
+            raise self._dead
         if self._before is not None:
             return
         try:
@@ -196,6 +202,34 @@ class Engine:
         self._failures = 0
         return outputs
 
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The weights in use, by name: the engine's own arrays."""
+        return self.weights.tree
+
+    def update_params(self, tree: Any) -> int:
+        """Goes on with other weights, without a copy of arrays that already lie as the engine's do.
+
+        A step under way ends with the weights it began with. The prefix cache is emptied, and running requests are computed
+        again: each token comes from one version alone.
+
+        Args:
+            tree: see WeightStore.place. The engine uses these very arrays, and does not delete them: neither may others,
+                and none may be donated, while they are in use.
+
+        Returns:
+            The version of the weights, which outputs carry: 0 at first, and one more for each call.
+
+        Raises:
+            WeightsError: the tree is not of the model's form; nothing has changed then.
+        """
+        return self.use_weights(self.weights.place(tree))
+
+    def use_weights(self, weights: Weights) -> int:
+        """As update_params, from what WeightStore.place gives."""
+        self.scheduler.recompute()
+        return self.weights.replace(weights)
+
     def shutdown(self) -> None:
         """Drops all requests and frees the device memory."""
         for request_id in list(self._groups):
@@ -211,34 +245,7 @@ class Engine:
         """Raises the RequestError that `add_request` would; reads nothing that steps change but the names in use."""
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
-        if not prompt_token_ids:
-            raise InvalidRequestError("the prompt has no tokens; give at least one", param="prompt")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt_token_ids):,} tokens; this model holds {self.max_model_len:,} with the output. "
-                "Shorten the prompt or raise max_model_len.",
-                param="prompt",
-            )
-        given = {
-            "prompt": prompt_token_ids,
-            "stop_token_ids": params.stop_token_ids,
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "logit_bias": list(params.logit_bias or ()),
-        }
-        for name, ids in given.items():
-            if min(ids, default=0) < 0 or max(ids, default=0) >= self.vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-                raise InvalidRequestError(
-                    f"{name} holds token id {wrong}; the vocabulary has ids 0 to {self.vocab_size - 1}", param=name
-                )
-        for name, instead in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
-            if getattr(params, name) and self.tokenizer is None:
-                raise InvalidRequestError(f"{name} needs a tokenizer, and none is loaded; use {instead}", param=name)
-        if priority and self.config.scheduler.scheduling_policy != "priority":
-            raise InvalidRequestError(
-                f"priority is {priority}, but requests run in order of arrival; leave it out, or set scheduling_policy to 'priority'",
-                param="priority",
-            )
+        self._builder.check(prompt_token_ids, params, priority)
 
     def _record_scheduled(self, step: InFlight) -> None:
         now = self._clock()
@@ -251,20 +258,12 @@ class Engine:
     def _take_in(self, step: InFlight) -> list[RequestOutput]:
         """Gives each sampled token to its request and collects what the users see."""
         changed = self._intake.take(step)
-        outputs = [output for group in changed.values() if (output := group_output(group, self._completions)) is not None]
+        found = [group_output(group, self._completions, step.weight_version) for group in changed.values()]
+        outputs = [output for output in found if output is not None]
         for output in outputs:
             if output.finished:
                 self._forget(self._groups[output.request_id])
         return outputs
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The token sequences that spell each bad word, at the start of a text and after a space."""
-        if not params.bad_words:
-            return ()
-        assert self.tokenizer is not None, "check has seen to it"
-        words = [w for word in params.bad_words for w in (word.lstrip(), " " + word.lstrip())]
-        ids = [tuple(self.tokenizer.encode(word, add_special_tokens=False)) for word in words]
-        return tuple(dict.fromkeys(word for word in ids if word))
 
     def _forget(self, group: RequestGroup) -> None:
         del self._groups[group.request_id]
@@ -274,12 +273,16 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After a failed step: the state is lost, the requests are not; they are computed again."""
         self._failures += 1
-        if self._failures > MAX_FAILURES:
-            raise EngineDeadError(f"{self._failures} steps failed in a row; the last: {error}") from error
+        if self._failures >= MAX_FAILURES:
+            self._dead = EngineDeadError(f"{self._failures} steps failed in a row; the last: {error}")
+            raise self._dead from error
         log.exception("a step failed; its requests are computed again")
         self._before = self._in_flight = None
         self.scheduler.reset()
-        self.runner.reset()
+        try:
+            self.runner.reset()
+        except Exception as again:  # noqa: BLE001  the second failure in a row
+            self._recover(again)
 
     def fail_all(self, error: str) -> list[RequestOutput]:
         """Ends every request with an error; for an engine that cannot go on."""
@@ -289,7 +292,8 @@ class Engine:
                 if is_live(request):
                     self._completions[request].cut_off("error")
                     self.scheduler.finish(request)
-            output = group_output(group, self._completions, error)
+            group.error = error
+            output = group_output(group, self._completions, self.weights.version)
             outputs += [output] if output is not None else []
             self._forget(group)
         return outputs

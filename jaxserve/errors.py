@@ -3,6 +3,7 @@
 * JaxserveError
   x ConfigError            an option is unknown, or its value cannot work
   x ModelLoadError         a model's files are missing, malformed or of an unknown architecture
+  x WeightsError           weights that should replace the model's are not of its form
   + RequestError           one request cannot be served; the engine goes on
     x InvalidRequestError  a field is out of range or not supported
     x PromptTooLongError   the prompt does not fit the model or the KV pool
@@ -23,6 +24,10 @@ class ConfigError(JaxserveError):
 
 class ModelLoadError(JaxserveError):
     """A model's files are missing, malformed, or of an architecture that is not supported."""
+
+
+class WeightsError(JaxserveError):
+    """Weights that should replace the model's are not of its form; those in use are unaffected."""
 
 
 class RequestError(JaxserveError):

@@ -9,6 +9,7 @@ from jaxserve.completion import Completion, is_live
 from jaxserve.plan import NO_TARGET
 from jaxserve.reporter import Reporter
 from jaxserve.request import Request, RequestGroup, Status
+from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import OutputKind
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_results import StepResults, likeliest, token_logprobs
@@ -16,6 +17,8 @@ from jaxserve.step_runner import InFlight, StepRunner
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
+
+NO_TOKEN_ERROR = "no token can be sampled: the model's logits are not finite here, or every token is banned"
 
 Changed = dict[str, RequestGroup]
 """Request id -> a group about which there may be something to show."""
@@ -51,6 +54,8 @@ class Intake:
         now = self._clock()
         changed: Changed = {}
         tokens = results["tokens"].tolist() if results else []
+        if NO_TOKEN in tokens:
+            self._end_without_token(step, tokens, changed)
         taken = self._take_decodes(step, tokens, results, changed)
         for i, row in enumerate(step.rows, start=len(step.plan.decodes)):
             request = row.request
@@ -62,6 +67,8 @@ class Intake:
             if is_live(request):
                 taken.append(request)
                 self._take_token(request, i, tokens[i], results, changed)
+                if request.group.first_weight_version is None:
+                    request.group.first_weight_version = step.weight_version
                 if request.first_token_s is None:
                     request.first_token_s = now
                     self.answered.append(request.group.request_id)
@@ -74,6 +81,19 @@ class Intake:
         self._scheduler.record_computed_pages(request)
         self._scheduler.finish(request)
         self._reporter.on_finished(request)
+
+    def _end_without_token(self, step: InFlight, tokens: list[int], changed: Changed) -> None:
+        """Ends the requests whose logits allow no token, and what depends on them. What they computed is no good to others."""
+        requests = [*step.plan.decodes, *(row.request for row in step.rows)]
+        for request in [r for r, token in zip(requests, tokens, strict=False) if token == NO_TOKEN and is_live(r)]:
+            group = request.group
+            group.error = NO_TOKEN_ERROR
+            changed[group.request_id] = group
+            for ended in group.requests if group.beams is not None or group.unforked else [request]:
+                if is_live(ended):
+                    self._completions[ended].cut_off("error")
+                    self._scheduler.finish(ended, is_sound=False)
+                    self._reporter.on_finished(ended)
 
     def _take_decodes(self, step: InFlight, tokens: list[int], results: StepResults, changed: Changed) -> list[Request]:
         """Gives the tokens of plan.decodes to those that still live, and returns these. Every request passes here in every step."""

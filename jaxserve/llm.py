@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+
 from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
@@ -64,6 +66,22 @@ class LLM:
     def shutdown(self) -> None:
         """Frees the device memory; the LLM cannot be used afterwards."""
         self.engine.shutdown()
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The weights in use, by name; see Engine.params."""
+        return self.engine.params
+
+    def update_params(self, tree: Any) -> int:
+        """Generates with other weights from now on, without a copy where they lie as the engine's do; see Engine.update_params.
+
+        Returns:
+            The version of the weights, which outputs carry as `weight_version`.
+
+        Raises:
+            WeightsError: the tree is not of the model's form; nothing has changed then.
+        """
+        return self.engine.update_params(tree)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own sampling defaults (its generation_config)."""

@@ -58,6 +58,8 @@ class RequestOutput:
         prompt_logprobs: one entry for each prompt token, the first None.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         error: why the request failed, where finish_reason is "error".
+        weight_version: of the weights that the newest tokens come from: 0, and one more for each `update_params`.
+        first_weight_version: of those that the first tokens come from; differs if the weights changed in between.
     """
 
     request_id: str
@@ -68,3 +70,5 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    weight_version: int = 0
+    first_weight_version: int = 0

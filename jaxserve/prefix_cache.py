@@ -42,7 +42,7 @@ class PrefixCache:
         self._pool = pool
         self._page_of: dict[PageKey, int] = {}
         self._key_of: dict[int, PageKey] = {}
-        pool.on_reuse = self._forget
+        pool.on_reuse = self.forget
 
     def __contains__(self, page: int) -> bool:
         return page in self._key_of
@@ -68,11 +68,13 @@ class PrefixCache:
         self._page_of.clear()
         self._key_of.clear()
 
+    def forget(self, *pages: int) -> None:
+        """What they hold is lost, or no good."""
+        for page in pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
+
     def check_integrity(self) -> None:
         """Raises AssertionError where the two directions disagree."""
         assert self._page_of == {key: page for page, key in self._key_of.items()}, "prefix cache maps disagree"
-
-    def _forget(self, page: int) -> None:
-        key = self._key_of.pop(page, None)
-        if key is not None:
-            del self._page_of[key]

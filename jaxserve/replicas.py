@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
@@ -104,6 +105,17 @@ class Replicas:
         for engine in self.engines:
             engine.answered.clear()
         return self._ended([output for engine in ready for output in engine.collect()])
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """See Engine; those of the first replica."""
+        return self.engines[0].params
+
+    def update_params(self, tree: Any) -> int:
+        """See Engine; every replica gets the arrays on its own devices."""
+        placed = [engine.weights.place(tree) for engine in self.engines]  # all, before anything changes
+        versions = [engine.use_weights(weights) for engine, weights in zip(self.engines, placed, strict=True)]
+        return versions[0]
 
     def fail_all(self, error: str) -> list[RequestOutput]:
         """See Engine."""

@@ -56,6 +56,8 @@ class RequestGroup:
         arrival_s: time.monotonic() at submission.
         unforked: Requests that wait for the first one's prompt to be computed, to share its pages.
         beams: chooses the tokens on the host, where the requests are the beams of a search.
+        error: why it failed.
+        first_weight_version: of the weights that its first token comes from.
     """
 
     request_id: str
@@ -71,6 +73,8 @@ class RequestGroup:
     requests: list[Request] = field(default_factory=list)
     unforked: list[Request] = field(default_factory=list)
     beams: BeamSearch | None = None
+    error: str | None = None
+    first_weight_version: int | None = None
 
     @property
     def finished(self) -> bool:

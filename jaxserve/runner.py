@@ -20,10 +20,11 @@ from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
-from jaxserve.step import DeviceState, Weights
+from jaxserve.step import DeviceState
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_results import StepResults
 from jaxserve.step_runner import InFlight
+from jaxserve.weight_store import WeightStore
 
 MODES = list(Mode)
 
@@ -31,18 +32,26 @@ MODES = list(Mode)
 class Runner:
     """Runs steps, strictly in order, on one mesh. A StepRunner."""
 
-    def __init__(self, weights: Weights, programs: Programs, inputs: ProgramInputs) -> None:
+    def __init__(self, weights: WeightStore, programs: Programs, inputs: ProgramInputs) -> None:
         self.programs = programs
         self.buckets = inputs.buckets
         self._inputs = inputs
         self._weights = weights
         self._packer = Packer(inputs.buckets, inputs.num_slots)
-        self.reset()
+        self._make_state()
 
     def reset(self) -> None:
         """A fresh state: a step that raised has lost the donated one."""
+        self._delete_state()  # first what is left of it: there is no room for two
+        self._make_state()
+
+    def _make_state(self) -> None:
         fresh = self.programs.others["reset"]()
         self._state, self._last_tokens, self._shaping, self._packed, self._results = fresh
+
+    def _delete_state(self) -> None:
+        for array in jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results)):
+            array.delete()
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Sends one step on its way; returns before the device has run it."""
@@ -58,10 +67,11 @@ class Runner:
         shape = buffer.shape
         self._packed = self.programs.others["stage"](self._send(buffer.packed), self._packed)
         self._state, self._results[shape.num_samples] = self.programs.forward[shape](
-            self._weights, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
+            self._weights.arrays, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
         sampled = plan.decodes + [row.request for row in rows]
-        return InFlight(plan, rows, self._sample(shape.num_samples, sampled) if sampled else {})
+        outputs = self._sample(shape.num_samples, sampled) if sampled else {}
+        return InFlight(plan, rows, outputs, self._weights.version)
 
     @staticmethod
     def is_ready(step: InFlight) -> bool:
@@ -80,10 +90,9 @@ class Runner:
         self._shaping = self.programs.others["set_shaping"](self._shaping, row, slot)
 
     def shutdown(self) -> None:
-        """Frees the device memory."""
-        for array in jax.tree.leaves((self._weights, self._state, self._last_tokens, self._shaping, self._packed, self._results)):
-            array.delete()
-        self._weights = ()
+        """Frees the device memory, that of the weights unless somebody else holds them too."""
+        self._delete_state()
+        self._weights.drop()
 
     def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
         sent: jax.Array = jax.device_put(array, self._inputs.shardings.replicated)

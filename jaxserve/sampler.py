@@ -28,6 +28,7 @@ from jaxserve.plan import (
 from jaxserve.shaping import Shaping, count_tokens, shape_logits
 
 MAX_LOGPROBS = 20
+NO_TOKEN = -1  # what a row gives whose best logit is not finite: NaN, infinite, or every token banned
 
 
 class Mode(Enum):
@@ -58,13 +59,16 @@ def sample(
         shaping: the penalties and biases by slot, for the modes that have them.
 
     Returns:
-        (outputs, shaping after these tokens). Outputs: tokens [S]; with Mode.LOGPROBS also logprob and rank of the token
+        (outputs, shaping after these tokens). Outputs: tokens [S], NO_TOKEN where there is none; with Mode.LOGPROBS also logprob and rank of the token
         (or of the row's target) [S], top_ids and top_logprobs [S, MAX_LOGPROBS], and all_logprobs [S, V]; log probabilities
         are those of the logits as they came.
     """
     raw = logits.astype(jnp.float32)
     logits = raw if shaping is None else shape_logits(raw, shaping, samples)
-    tokens = _choose(logits, samples, mode)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, where there is one
+    tokens = greedy if mode is Mode.GREEDY else _draw(logits, samples, mode, greedy)
+    best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
+    tokens = jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
     outputs = {"tokens": tokens}
@@ -74,10 +78,8 @@ def sample(
     return outputs, shaping
 
 
-def _choose(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode) -> Int[Array, " S"]:
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if mode is Mode.GREEDY:
-        return greedy
+def _draw(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode, greedy: Int[Array, " S"]) -> Int[Array, " S"]:
+    """A token of each row's distribution; the best one where its temperature is 0."""
     temperature = bits_to_float(samples[:, TEMPERATURE])
     scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
     if mode is not Mode.PLAIN:

@@ -34,10 +34,6 @@ class Scheduler:
         self._slots = Slots(limits.max_num_seqs)
 
     @property
-    def has_requests(self) -> bool:
-        return bool(self.waiting or self.running)
-
-    @property
     def num_free_slots(self) -> int:
         return self._slots.num_free
 
@@ -46,8 +42,10 @@ class Scheduler:
         request.status = Status.WAITING
         insort(self.waiting, request, key=lambda r: r.order)
 
-    def finish(self, request: Request) -> None:
-        """Takes a request out, wherever it is, and frees what it holds."""
+    def finish(self, request: Request, *, is_sound: bool = True) -> None:
+        """Takes a request out, wherever it is, and frees what it holds; nobody finds it in the cache unless it is sound."""
+        if self.prefix_cache is not None and not is_sound:
+            self.prefix_cache.forget(*request.pages)
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._free(request)
@@ -99,15 +97,19 @@ class Scheduler:
             self.prefix_cache.add(request.page_keys[i], request.pages[i])
         request.num_pages_cached = max(request.num_pages_cached, full)
 
-    def reset(self) -> None:
-        """After a failed step: every running request is computed again, and the cache forgets its pages."""
+    def recompute(self) -> None:
+        """What the pages hold is no good any more: every running request is computed again, and the cache is emptied."""
         for request in list(self.running):
             self._preempt(request)
-        for request in self.waiting:
-            request.num_in_flight = 0  # those results are lost
-        self._slots.forget_tables()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
+
+    def reset(self) -> None:
+        """After a failed step: the state is lost, and so are the results that were on their way."""
+        self.recompute()
+        for request in self.waiting:
+            request.num_in_flight = 0
+        self._slots.forget_tables()
 
     def check_integrity(self) -> None:
         """Raises AssertionError where requests, slots and pages disagree."""

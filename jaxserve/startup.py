@@ -49,6 +49,7 @@ from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
+from jaxserve.weight_store import WeightStore
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
@@ -174,12 +175,15 @@ def _build_replica(
         loading = loader.submit(load_weights, source, build.model, sharding_for=sharding_for, seed=seed, on_progress=on_progress)
         programs = build.compile(on_progress)
         weights = loading.result()
+    inputs = build.inputs()
+    store = WeightStore([p.path for p in build.model.parameters], inputs.weights, weights)
     return Engine(
         build.config,
         _scheduler(build),
-        Runner(weights, programs, build.inputs()),
+        Runner(store, programs, inputs),
         tokenizer,
         vocab_size=build.model.vocab_size,
+        weights=store,
         eos_token_ids=_eos_token_ids(source, tokenizer),
         default_sampling=_default_sampling(build.config, source),
         description=_summary(build, programs),

@@ -17,11 +17,13 @@ class InFlight:
     Attributes:
         rows: whose the results are that follow those of plan.decodes.
         outputs: by the names of StepResults.
+        weight_version: of the weights that it runs with.
     """
 
     plan: StepPlan
     rows: list[SampleRow]
     outputs: dict[str, Any]
+    weight_version: int = 0
 
 
 class StepRunner(Protocol):

@@ -43,11 +43,8 @@ class Gate:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """A tiny engine that leaves its weights to the next test."""
-    engine = tiny_engine()
-    monkeypatch.setattr(engine.runner, "shutdown", lambda: None)
-    return engine
+def engine() -> Engine:
+    return tiny_engine()
 
 
 @asynccontextmanager
@@ -88,10 +85,8 @@ def test_streams_give_the_oracles_tokens(engine: Engine) -> None:
     run(test())
 
 
-def test_replicas_behind_one_front(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_behind_one_front() -> None:
     engines = [with_limits(tiny_engine(), max_num_queued_tokens=6, max_num_queued_reqs=20) for _ in range(2)]
-    for engine in engines:
-        monkeypatch.setattr(engine.runner, "shutdown", lambda: None)
 
     async def test() -> None:
         async with started(Replicas(engines)) as served:
@@ -189,10 +184,8 @@ def test_offline_use_has_no_limit(engine: Engine) -> None:
         engine.add_request([1, 2, 3], greedy(2))
 
 
-def test_priority_reaches_the_engine(engine: Engine) -> None:
-    with_limits(engine, scheduling_policy="priority")
-    engine.scheduler.limits = type(engine.scheduler.limits)(1, 64, engine.scheduler.limits.max_page_updates)
-    engine.scheduler._free_slots = [0]
+def test_priority_reaches_the_engine() -> None:
+    engine = tiny_engine(max_num_seqs=1, scheduling_policy="priority")
     gate = Gate(engine)
     ended: list[int] = []
 

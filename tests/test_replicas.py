@@ -12,7 +12,7 @@ from jaxserve.metrics import StepStats
 from jaxserve.outputs import RequestOutput
 from jaxserve.replicas import Replicas, share
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from tests.tiny import assert_greedy, greedy, tiny_engine, with_limits
+from tests.tiny import assert_greedy, greedy, tiny_engine
 
 
 def replicas(count: int = 2) -> Replicas:
@@ -136,7 +136,7 @@ def test_what_is_reported_is_of_all() -> None:
 
 
 def test_priorities_hold_within_a_replica() -> None:
-    engine = Replicas([with_limits(tiny_engine(max_num_seqs=1), scheduling_policy="priority") for _ in range(2)])
+    engine = Replicas([tiny_engine(max_num_seqs=1, scheduling_policy="priority") for _ in range(2)])
     ids = [engine.add_request([i], greedy(2), priority=-i) for i in range(6)]
     order = list(run(engine))
     assert [i for i in order if i in ids[::2]] == ids[4::-2] and [i for i in order if i in ids[1::2]] == ids[5::-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.limits import Limits
 from jaxserve.models.decoder import abstract_decoder
+from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import Runtime, StateSpec, StepBatch
 from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MambaSpec, MlpSpec, NormSpec, RopeSpec
 from jaxserve.outputs import RequestOutput
@@ -25,6 +27,7 @@ from jaxserve.runner import Runner, abstract_state
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, make_mesh
+from jaxserve.weight_store import WeightStore
 
 VOCAB = 96
 
@@ -57,6 +60,11 @@ def tiny_weights(spec: DecoderSpec) -> tuple[Any, tuple[jax.Array, ...]]:
     return apply, weights
 
 
+def tiny_names(spec: DecoderSpec) -> list[str]:
+    """Of the weights, in their order."""
+    return [parameter.path for parameter in describe_decoder("tiny", spec, jnp.float32).parameters]
+
+
 MAX_MODEL_LEN = 256
 NUM_SLOTS = 8
 NUM_TOKENS = 64
@@ -65,7 +73,7 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first three need programs of their own; the others are limits that the host keeps below what is compiled."""
+    """The first three need programs of their own; the others are the host's own business."""
 
     page_size: int = 16
     window: int | None = None
@@ -75,6 +83,7 @@ class TinyOptions:
     max_num_batched_tokens: int = NUM_TOKENS
     prefix_caching: bool = True
     seed: int = 0
+    scheduling_policy: str = "fcfs"
 
 
 @cache
@@ -102,8 +111,11 @@ def tiny_engine(**changes: Any) -> Engine:
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
     cache = PrefixCache(pool) if options.prefix_caching and not options.recurrent else None
     scheduler = Scheduler(limits, pool, options.page_size, cache)
-    config = EngineConfig.from_options(model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed)
-    return Engine(config, scheduler, Runner(weights, programs, inputs), None, vocab_size=VOCAB)
+    config = EngineConfig.from_options(
+        model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed, scheduling_policy=options.scheduling_policy
+    )
+    store = WeightStore(tiny_names(tiny_spec(options.window, options.recurrent)), inputs.weights, weights)
+    return Engine(config, scheduler, Runner(store, programs, inputs), None, vocab_size=VOCAB, weights=store)
 
 
 def with_limits(engine: Engine, **options: Any) -> Engine:
@@ -124,6 +136,11 @@ def run(engine: Engine, limit: int = 2000) -> dict[str, RequestOutput]:
                 finished[output.request_id] = output
         engine.check_integrity()
     raise AssertionError(f"requests are unfinished after {limit} steps")
+
+
+def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
 
 
 def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
