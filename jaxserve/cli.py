@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | chat | generate | run-batch | compile`. Imports what a command needs only when it runs."""
+"""The command line: `jaxserve serve | chat | generate | run-batch | compile | simulate | bench`. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
+from jaxserve.cli_bench import add_bench
 from jaxserve.cli_flags import Fields, add_flags, read_options
+from jaxserve.cli_simulate import add_simulate
 from jaxserve.config import EngineConfig, option_fields
 from jaxserve.errors import ConfigError, EngineDeadError, JaxserveError
 from jaxserve.server.config import MIB, ServerConfig
@@ -76,6 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
     _add_engine_flags(compile_)
+
+    add_simulate(commands)
+    add_bench(commands)
     return parser
 
 
