@@ -27,9 +27,8 @@ def reference() -> str:
 
 def _commands() -> Iterator[str]:
     """The first command with a group of options shows it, the others name it."""
-    (commands,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     seen: dict[str, str] = {}
-    for name, parser in commands.choices.items():
+    for name, parser in _parsers(make_parser(), ""):
         yield f"### jaxserve {name}\n\n{parser.description}\n"
         again = []
         for group in parser._action_groups:
@@ -44,6 +43,15 @@ def _commands() -> Iterator[str]:
             yield f"| {group.title} | |\n|---|---|\n{table}\n"
         if again:
             yield f"Further groups: {', '.join(again)}.\n"
+
+
+def _parsers(parser: argparse.ArgumentParser, prefix: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command with its parser, those below another right after it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield f"{prefix}{name}", below
+                yield from _parsers(below, f"{prefix}{name} ")
 
 
 def _row(action: argparse.Action) -> str:
