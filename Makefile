@@ -13,7 +13,7 @@ PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.
 CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test check docs clean
+.PHONY: help serve chat test test-clients soak check docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: $(READY) ## what must pass before a commit: format, lint, types, quick te
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+soak: $(READY) ## 20,000 requests with aborts and broken connections; nothing may be left behind
+	$(BIN)/python -m tests.soak $(ARGS)
 
 docs: $(READY) ## write docs/reference.md anew: every option, route and metric
 	$(BIN)/python -m tests.make_reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._dead: str | None = None
+        self._busy_since: float | None = None  # time.monotonic() when the thread's present step began
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None) -> Self:
@@ -97,6 +99,18 @@ class AsyncEngine:
         """Whether requests can be served."""
         return self._dead is None and self._thread is not None and self._thread.is_alive()
 
+    @property
+    def stalled_s(self) -> float:
+        """For how many seconds the present step has been running; 0 while there is nothing to do."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def give_up(self, reason: str) -> None:
+        """Ends every stream with an error and refuses new requests, though the thread hangs in a step. It is left behind."""
+        log.error("the engine is given up: %s", reason)
+        self._thread = None
+        self._fail(reason)
+
     def describe(self) -> dict[str, str]:
         """What start-up prints about the model and its pool."""
         return self.engine.description
@@ -111,6 +125,8 @@ class AsyncEngine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        if self._busy_since is not None and self._thread is None:
+            return  # given up: the engine's state is the hanging step's
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -179,10 +195,12 @@ class AsyncEngine:
         reason = "the engine is shut down"
         try:
             while self._wait_for_work():
+                self._busy_since = time.monotonic()
                 for _ in range(len(self._calls)):  # not until there are none: more may come for ever
                     self._calls.popleft()()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
+                self._busy_since = None
         except BaseException as error:
             log.exception("the engine has stopped")
             reason = f"{type(error).__name__}: {error}"
@@ -198,12 +216,18 @@ class AsyncEngine:
     def _end(self, reason: str) -> None:
         """Refuses requests from now on, and ends every stream: with what the engine has of it, or with nothing."""
         with self._wake:
-            self._dead = reason
+            self._dead = self._dead or reason
             self._calls.clear()
         try:
             self._deliver(self.engine.fail_all(reason))
         except Exception:
             log.exception("the engine cannot say what its requests have got")
+        self._busy_since = None
+        self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
+        with self._wake:
+            self._dead = self._dead or reason
         self._deliver([RequestOutput(name, None, [], finished=True, error=reason) for name in list(self._streams)])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:

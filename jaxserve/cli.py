@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | chat | generate | run-batch | compile | simulate | bench`. Imports what a command needs only when it runs."""
+"""The command line, `jaxserve COMMAND`. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 ENGINE_OPTIONS: Fields = {f.name: f for _, f in option_fields()}
 SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
+
+# What a FastChat worker has of the server's options
+_WORKER_OPTIONS = ("host", "port", "max_body_bytes", "shutdown_timeout", "watchdog_timeout", "log_format")
 
 # flag -> (type, help): how chat and generate sample; what is not given is the model's own
 _SAMPLING: dict[str, tuple[type, str]] = {
@@ -75,6 +78,18 @@ def make_parser() -> argparse.ArgumentParser:
     batch.add_argument("--input", metavar="FILE", required=True, help="JSON lines, each a request with a custom_id")
     batch.add_argument("--output", metavar="FILE", required=True, help="the responses, as JSON lines; must not exist")
     _add_engine_flags(batch)
+
+    worker = _add_command(commands, "fastchat-worker", run_fastchat_worker, "a worker for a FastChat controller")
+    worker.add_argument("--controller-address", default="http://localhost:21001", metavar="URL", help="where the controller is")
+    worker.add_argument("--worker-address", metavar="URL", help="where the controller finds this worker; its own if not given")
+    worker.add_argument("--model-names", default="", metavar="A,B", help="the names that FastChat's users see")
+    add_flags(worker, "server", inspect.getdoc(ServerConfig) or "", [SERVER_OPTIONS[name] for name in _WORKER_OPTIONS])
+    _add_engine_flags(worker)
+
+    new_key = commands.add_parser("new-key", help="make an API key", description="Makes an API key for --api-key-file.")
+    new_key.add_argument("name", metavar="NAME", help="whose key it is")
+    new_key.add_argument("--admin", action="store_true", help="it opens the operator's routes, too")
+    new_key.set_defaults(run=run_new_key)
 
     compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
     _add_engine_flags(compile_)
@@ -124,12 +139,19 @@ def run_serve(args: argparse.Namespace) -> None:
     server_config = ServerConfig(**{name: options.pop(name) for name in SERVER_OPTIONS if name in options})
     config = _engine_config(options)
     from jaxserve.server.app import create_app
+    from jaxserve.server.logs import set_up_logging
     from jaxserve.server.metrics import EngineMetrics
     from jaxserve.server.run import bind, run
 
+    set_up_logging(server_config)
     with bind(server_config) as sock:  # before the model is loaded: a busy port is known at once
         metrics = EngineMetrics(config.model.served_model_name or config.model.model)
-        engine = _load(config, metrics)
+        observer: Observer = metrics
+        if server_config.otlp_traces_endpoint is not None:
+            from jaxserve.server.tracing import trace_to
+
+            observer = trace_to(server_config.otlp_traces_endpoint, metrics, config.model.model)
+        engine = _load(config, observer)
         app = create_app(engine, server_config, metrics=metrics)
         run(app, engine, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
 
@@ -178,6 +200,41 @@ def run_batch(args: argparse.Namespace) -> None:
             on_progress=lambda done, total: on_progress("requests", done, total),
         )
     print(f"{counts.completed} requests completed, {counts.failed} failed")
+
+
+def run_fastchat_worker(args: argparse.Namespace) -> None:
+    options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS})
+    given = {name: options.pop(name) for name in _WORKER_OPTIONS if name in options}
+    server_config = ServerConfig(**({"port": 21002} | given))
+    config = _engine_config(options)
+    from jaxserve.server.fastchat.controller import Registration
+    from jaxserve.server.fastchat.worker import Worker, create_worker
+    from jaxserve.server.logs import set_up_logging
+    from jaxserve.server.run import bind, run, url_of
+
+    set_up_logging(server_config)
+    with bind(server_config) as sock:
+        engine = _load(config)
+        worker = Worker(engine, [name for name in args.model_names.split(",") if name])
+        address = args.worker_address or url_of(sock, server_config)
+        registration = Registration(args.controller_address, address, worker.status)
+
+        def on_ready(url: str) -> None:
+            print(f"ready at {url}", flush=True)
+            registration.start()
+
+        try:
+            run(create_worker(engine, worker, server_config), engine, sock, server_config, on_ready)
+        finally:
+            registration.stop()
+
+
+def run_new_key(args: argparse.Namespace) -> None:
+    from jaxserve.server.keys import new_key
+
+    text, key = new_key(args.name, args.admin)
+    print(f"the key, which is shown only now: {text}", file=sys.stderr)
+    print(key.line)
 
 
 def run_compile(args: argparse.Namespace) -> None:

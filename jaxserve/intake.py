@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from jaxserve.step_runner import InFlight, StepRunner
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 NO_TOKEN_ERROR = "no token can be sampled: the model's logits are not finite here, or every token is banned"
 
@@ -51,7 +54,7 @@ class Intake:
     def take(self, step: InFlight) -> Changed:
         """Waits for a step's results and gives each sampled token to its request."""
         results = self._runner.collect(step)
-        now = self._clock()
+        now = self._reporter.tokens_s = self._clock()
         changed: Changed = {}
         tokens = results["tokens"].tolist() if results else []
         if NO_TOKEN in tokens:
@@ -116,6 +119,20 @@ class Intake:
         return taken
 
     def _take_token(self, request: Request, row: int, token: int, results: StepResults, changed: Changed) -> None:
+        """Gives a request its next token. What goes wrong with that ends the user's request, and no other's."""
+        try:
+            self._take_with_all(request, row, token, results, changed)
+        except Exception:
+            log.exception("request %s cannot go on", request.group.request_id)
+            group = request.group
+            group.error = "internal error; the log has the details"
+            changed[group.request_id] = group
+            for ended in group.requests:
+                if is_live(ended):
+                    self._completions[ended].cut_off("error")
+                    self.finish(ended)
+
+    def _take_with_all(self, request: Request, row: int, token: int, results: StepResults, changed: Changed) -> None:
         """Gives a request its next token, with all that it may have asked for."""
         group = request.group
         if (beams := group.beams) is not None:

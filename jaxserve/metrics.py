@@ -39,8 +39,14 @@ class TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class FinishedStats:
-    """A request that ended; all times in seconds."""
+    """A request that ended; all times in seconds.
 
+    Attributes:
+        arrival_s, scheduled_s, first_token_s, last_token_s, ended_s: the engine's clock; None for what has not come to pass.
+        chunk_ends_s: when each chunk of its prompt was computed.
+    """
+
+    request_id: str
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_generation_tokens: int
@@ -51,6 +57,13 @@ class FinishedStats:
     queue_s: float
     prefill_s: float
     decode_s: float
+    num_preemptions: int
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    last_token_s: float | None
+    ended_s: float
+    chunk_ends_s: tuple[float, ...]
 
 
 class Observer(Protocol):

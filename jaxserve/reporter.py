@@ -13,11 +13,16 @@ from jaxserve.step_plan import StepPlan
 
 
 class Reporter:
-    """Turns requests and plans into plain numbers, if there is anybody to read them."""
+    """Turns requests and plans into plain numbers, if there is anybody to read them.
+
+    Attributes:
+        tokens_s: when the tokens that are being taken in came from the device.
+    """
 
     def __init__(self, observer: Observer | None, clock: Callable[[], float]) -> None:
         self._observer = observer
         self._clock = clock
+        self.tokens_s = 0.0
 
     def on_tokens(self, requests: Sequence[Request], now: float) -> None:
         """These requests have got a token. Most got their last ones together, so that one report serves them all."""
@@ -36,12 +41,17 @@ class Reporter:
         """A step's results are taken in."""
         if self._observer is None:
             return
-        cache = scheduler.prefix_cache
+        cache, now = scheduler.prefix_cache, self._clock()
+        num_prompt_tokens = 0
+        for row in plan.rows:
+            if row.start < row.request.num_prompt_tokens:
+                num_prompt_tokens += row.num_tokens
+                row.request.chunk_ends_s.append(now)
         stats = StepStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             kv_usage=scheduler.pool.num_held / scheduler.pool.num_pages,
-            num_prompt_tokens=sum(row.num_tokens for row in plan.rows if row.start < row.request.num_prompt_tokens),
+            num_prompt_tokens=num_prompt_tokens,
             num_generation_tokens=num_sampled,
             num_preemptions=scheduler.num_preemptions,
             prefix_queries=cache.queries if cache is not None else 0,
@@ -61,6 +71,7 @@ class Reporter:
         first = request.first_token_s or now
         reason: FinishReason = request.finish_reason or "abort"
         stats = FinishedStats(
+            request_id=group.request_id,
             finish_reason=reason,
             num_prompt_tokens=request.num_prompt_tokens,
             num_generation_tokens=request.num_output_tokens,
@@ -71,5 +82,12 @@ class Reporter:
             queue_s=scheduled - group.arrival_s,
             prefill_s=first - scheduled,
             decode_s=now - first,
+            num_preemptions=request.num_preemptions,
+            arrival_s=group.arrival_s,
+            scheduled_s=request.scheduled_s,
+            first_token_s=request.first_token_s,
+            last_token_s=self.tokens_s if reason in ("stop", "length") else request.last_token_s,
+            ended_s=now,
+            chunk_ends_s=tuple(request.chunk_ends_s),
         )
         self._observer.on_finished(stats)

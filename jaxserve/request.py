@@ -147,6 +147,7 @@ class Request:
     scheduled_s: float | None = None  # first time in a step
     first_token_s: float | None = None
     last_token_s: float | None = None
+    chunk_ends_s: list[float] = field(default_factory=list)  # when each chunk of the prompt was computed
 
     def __post_init__(self, seed: int) -> None:
         group, params = self.group, self.group.params

@@ -122,6 +122,7 @@ class SamplingParams:
             _check(-(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer", self.seed)
 
     def _check_beam_search(self) -> None:
+        _check(abs(self.length_penalty) <= 10, "length_penalty", "between -10 and 10", self.length_penalty)
         is_known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
         _check(is_known, "early_stopping", 'true, false or "never"', self.early_stopping)
         names, why = (_NOT_IN_BEAM_SEARCH, "does not go with") if self.use_beam_search else (_OF_BEAM_SEARCH, "needs")

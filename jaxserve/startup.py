@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.compile_cache import use_compile_cache
 from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
@@ -127,7 +128,7 @@ def build_engine(
         ConfigError: an option cannot work with this model or these devices.
         ModelLoadError: the model's files are missing, malformed or of an unknown architecture.
     """
-    _use_compile_cache(config)
+    use_compile_cache(config.compile)
     source = open_source(config.model.model, config.model.load_format)
     tokenizer = _load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
@@ -147,7 +148,7 @@ def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) 
     Raises:
         ConfigError, ModelLoadError: as build_engine.
     """
-    _use_compile_cache(config)
+    use_compile_cache(config.compile)
     source = open_source(config.model.model, config.model.load_format)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     reports: list[ProgramReport] = []
@@ -196,15 +197,6 @@ def _of_replica(on_progress: Progress | None, index: int, count: int) -> Progres
     if on_progress is None or count == 1:
         return on_progress
     return lambda stage, done, total: on_progress(f"{stage} {index + 1}/{count}", done, total)
-
-
-def _use_compile_cache(config: EngineConfig) -> None:
-    path = config.compile.cache_path
-    if path is None or (jax.config.jax_compilation_cache_dir and config.compile.compilation_cache_dir is None):
-        return  # the program that we live in has chosen already, or JAX_COMPILATION_CACHE_DIR has
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:

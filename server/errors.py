@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from http import HTTPStatus
+from typing import Any, Literal, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jaxserve.errors import (
     EngineDeadError,
@@ -42,7 +44,15 @@ class PermissionDeniedError(RequestError):
 
 
 class RateLimitError(RequestError):
-    """The client sends more than it may."""
+    """The client sends more than it may.
+
+    Attributes:
+        headers: when it may come back.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.headers = {"Retry-After": str(retry_after_s)}
 
 
 class BodyTooLargeError(RequestError):
@@ -70,6 +80,7 @@ _KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
 }
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 _RETRY_AFTER_S = "1"
+REJECTED = "rejected"  # in a request's state: the code of its error
 
 
 Dialect = Literal["openai", "anthropic", "ollama"]
@@ -82,9 +93,13 @@ _ANTHROPIC_TYPES = {
 
 def describe(error: BaseException, dialect: Dialect = "openai") -> tuple[int, dict[str, Any]]:
     """The status and the error body for an exception; the text of an unforeseen one stays in the log."""
-    status, kind, code = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
+    status, kind, code = _kind_of(error)
     message = str(error) if isinstance(error, JaxserveError) else "internal error; the server's log has the details"
     return status, error_body(status, message, kind, code, getattr(error, "param", None), dialect)
+
+
+def _kind_of(error: BaseException) -> tuple[int, str, str | None]:
+    return next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
 
 
 def error_body(
@@ -98,13 +113,21 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: BaseException, path: str) -> Response:
-    """The answer to a request for `path` that ended with an exception."""
-    status, body = describe(error, _dialect_of(path))
+def error_response(error: BaseException, scope: Scope) -> Response:
+    """The answer to a request that ended with an exception."""
+    status, body = describe(error, _dialect_of(scope["path"]))
+    scope.setdefault("state", {})[REJECTED] = _kind_of(error)[2]
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Json(body, status, headers | getattr(error, "headers", {}))
+
+
+def describe_limit(status: int, message: str) -> tuple[bytes, bytes]:
+    """The status line and the body for what has not become a request."""
+    kind = "server_error" if status == 503 else "invalid_request_error"
+    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode("ascii")
+    return line, bytes(Json(error_body(status, message, kind)).body)
 
 
 def _dialect_of(path: str) -> Dialect:
@@ -122,16 +145,15 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope["path"])
+    return error_response(error, request.scope)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError | ValidationError)
-    return error_response(explain_validation(error), request.scope["path"])
+    return error_response(explain_validation(cast(ValidationError, error)), request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+    error = cast(HTTPException, error)
     message = f"{error.detail}: {request.method} {request.scope['path']}"
     code, dialect = _HTTP_CODES.get(error.status_code), _dialect_of(request.scope["path"])
     body = error_body(error.status_code, message, "invalid_request_error", code, dialect=dialect)

@@ -6,74 +6,39 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jaxserve.config import EngineConfig
 from jaxserve.metrics import FinishedStats, StepStats, TokenStats
 
 PREFIX = "jaxserve:"
 _MODEL = ["model_name"]
+_REJECTIONS = ("queue_full", "rate_limit_exceeded")  # codes of errors
 
 _TOKEN_SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-)
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10,
+)  # fmt: skip
 _FIRST_TOKEN_SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640,
+)  # fmt: skip
 _REQUEST_SECONDS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-_N = (1, 2, 5, 10, 20, 50, 100)
+_N = (0, 1, 2, 5, 10, 20, 50, 100)
 
 
 class EngineMetrics:
     """An Observer (jaxserve/metrics.py) with a registry of its own, so that one process may have several.
 
     Attributes:
-        registry: what /metrics shows.
+        registry: the engine's metrics; `text` shows them under each prefix.
+        http_registry: those of the HTTP layer, which have none.
     """
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.http_registry = CollectorRegistry()
         self._model_name = model_name
         self._last_step = StepStats(0, 0, 0.0, 0, 0, 0, 0, 0)
 
@@ -108,9 +73,28 @@ class EngineMetrics:
         self._request_generation = self._histogram("request_generation_tokens", "Output tokens of a request.", _TOKENS)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS)
         self._n = self._histogram("request_params_n", "n of a request.", _N)
+        self._iteration_tokens = self._histogram("iteration_tokens_total", "Tokens computed in a step.", _TOKENS)
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From the first step to the last token.", _REQUEST_SECONDS
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time of a request's tokens after its first.", _TOKEN_SECONDS
+        )
+        self._request_preemptions = self._histogram("request_num_preemptions", "How often a request was put back.", _N)
+        rejections = Counter(
+            PREFIX + "admission_rejections",
+            "Requests refused because of the load, by why.",
+            [*_MODEL, "reason"],
+            registry=self.registry,
+        )
+        self._rejections = {reason: rejections.labels(model_name, reason) for reason in _REJECTIONS}
+        self._http_requests = Counter(
+            "http_requests", "HTTP requests, by route and status.", ["handler", "method", "status"], registry=self.http_registry
+        )
 
     def on_step(self, stats: StepStats) -> None:
         self._last_step = stats
+        self._iteration_tokens.observe(stats.num_prompt_tokens + stats.num_generation_tokens)
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -119,6 +103,25 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions)
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)
+
+    def set_cache_config(self, config: EngineConfig) -> None:
+        """Shows what the engine was built with, as labels."""
+        values = {"block_size": config.cache.block_size, "enable_prefix_caching": config.cache.enable_prefix_caching}
+        values |= {"max_num_seqs": config.scheduler.max_num_seqs, "max_model_len": config.model.max_model_len}
+        info = Gauge(PREFIX + "cache_config_info", "The engine's options.", [*_MODEL, *values], registry=self.registry)
+        info.labels(self._model_name, *map(str, values.values())).set(1)
+
+    def on_response(self, handler: str, method: str, status: int, error_code: str | None) -> None:
+        """An HTTP request was answered."""
+        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        if error_code in _REJECTIONS:
+            self._rejections[error_code].inc()
+
+    def text(self, alias: str | None = None) -> bytes:
+        """Everything in Prometheus's format; the engine's metrics a second time under the alias."""
+        own = generate_latest(self.registry)
+        again = own.replace(PREFIX.encode(), f"{alias}:".encode()) if alias is not None else b""
+        return own + again + generate_latest(self.http_registry)
 
     def load(self) -> dict[str, float]:
         """How busy the engine is, after its last step."""
@@ -145,6 +148,10 @@ class EngineMetrics:
         self._request_prompt.observe(stats.num_prompt_tokens)
         self._request_generation.observe(stats.num_generation_tokens)
         self._n.observe(stats.n)
+        self._inference.observe(stats.prefill_s + stats.decode_s)
+        self._request_preemptions.observe(stats.num_preemptions)
+        if stats.num_generation_tokens > 1:
+            self._per_token.observe(stats.decode_s / (stats.num_generation_tokens - 1))
         if stats.max_tokens is not None:
             self._max_tokens.observe(stats.max_tokens)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from fastapi import FastAPI
 
 from jaxserve.errors import ConfigError, EngineDeadError
 from jaxserve.server.config import ServerConfig
+from jaxserve.server.connection import protocol_class
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
@@ -45,11 +49,12 @@ def bind(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, config: ServerConfig) -> str:
     """The bound socket's address as a URL that a browser on this machine can open."""
+    scheme = "http" if config.ssl_certfile is None else "https"
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def run(app: FastAPI, engine: AsyncEngine, sock: socket.socket, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
@@ -61,17 +66,21 @@ def run(app: FastAPI, engine: AsyncEngine, sock: socket.socket, config: ServerCo
     Raises:
         EngineDeadError: the engine has stopped, and so the server has.
     """
-    server = Server(app, sock, config, on_ready, lambda: engine.is_healthy)
+    server = Server(app, sock, config, on_ready, engine)
     server.run(sockets=[sock])
+    if server.is_hung:  # its thread cannot be ended, and would keep the process from ending
+        print("error: the engine hangs; start the server again", file=sys.stderr, flush=True)
+        os._exit(1)
     if server.died_s is not None:
         raise EngineDeadError("the engine has stopped, the log says why; start the server again")
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a call when it is ready, and a normal return after a signal or the engine's end.
+    """uvicorn, with a call when it is ready, a watch over the engine, and a normal return after a signal.
 
     Attributes:
         died_s: time.monotonic() when the engine was found dead.
+        is_hung: whether it was found hanging.
     """
 
     def __init__(
@@ -80,32 +89,44 @@ class Server(uvicorn.Server):
         sock: socket.socket,
         config: ServerConfig,
         on_ready: Callable[[str], None],
-        is_healthy: Callable[[], bool] = lambda: True,
+        engine: AsyncEngine | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                http=protocol_class(config),
                 ws="none",
-                log_level="info" if config.access_log else "warning",
-                access_log=config.access_log,
+                log_config=None,  # logs.py's is the process's
+                access_log=False,
                 timeout_graceful_shutdown=config.shutdown_timeout,
+                timeout_keep_alive=config.keep_alive_timeout,
                 server_header=False,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_ca_certs=config.ssl_ca_certs,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs is not None else ssl.CERT_NONE,
             )
         )
-        self._url = url_of(sock)
+        self.url = url_of(sock, config)
         self._on_ready = on_ready
-        self._is_healthy = is_healthy
+        self._engine = engine
+        self._watchdog_s = config.watchdog_timeout
         self.died_s: float | None = None
+        self.is_hung = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready(self._url)
+            self._on_ready(self.url)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        if self.died_s is None and not self._is_healthy():
-            self.died_s = time.monotonic()
+        if self._engine is not None and self.died_s is None:
+            if self._engine.stalled_s > self._watchdog_s:
+                self.is_hung = True
+                self._engine.give_up(f"a step has not ended within {self._watchdog_s} seconds")
+            if not self._engine.is_healthy:
+                self.died_s = time.monotonic()
         if self.died_s is not None and time.monotonic() >= self.died_s + DEAD_ENGINE_S:
             self.should_exit = True
         return await super().on_tick(counter)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import OutputKind, SamplingParams
@@ -46,10 +46,9 @@ class Serving:
 
     def __init__(self, engine: AsyncEngine) -> None:
         model = engine.config.model
-        assert model.max_model_len is not None, "the engine resolves it"
         self.engine = engine
         self.model_name = model.served_model_name or model.model
-        self.max_model_len = model.max_model_len
+        self.max_model_len = cast(int, model.max_model_len)  # the engine has resolved it
         # One thread: a long prompt must not hold up the event loop, and not every tokenizer bears two callers.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from prometheus_client.metrics_core import Metric
+
 from jaxserve.cli import make_parser
 from jaxserve.server.app import create_app
 from jaxserve.server.config import ServerConfig
@@ -45,13 +47,14 @@ def _commands() -> Iterator[str]:
             yield f"Further groups: {', '.join(again)}.\n"
 
 
-def _parsers(parser: argparse.ArgumentParser, prefix: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every command with its parser, those below another right after it."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield f"{prefix}{name}", below
-                yield from _parsers(below, f"{prefix}{name} ")
+def _parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """(name, parser) of every command that can be run."""
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield name, parser
+    for choices in below:
+        for word, sub in choices.choices.items():
+            yield from _parsers(sub, f"{name} {word}".strip())
 
 
 def _row(action: argparse.Action) -> str:
@@ -63,15 +66,22 @@ def _row(action: argparse.Action) -> str:
 
 def _routes() -> Iterator[str]:
     yield "| route | |\n|---|---|"
-    for path, methods in create_app(FakeEngine(), ServerConfig()).openapi()["paths"].items():
+    for path, methods in create_app(FakeEngine(), ServerConfig(profile="folder")).openapi()["paths"].items():
         for method, route in methods.items():
             yield f"| `{method.upper()} {path}` | {route['description']} |"
     yield ""
 
 
+def _collected() -> Iterator[Metric]:
+    metrics = EngineMetrics("m")
+    metrics.set_cache_config(FakeEngine().config)
+    for registry in (metrics.registry, metrics.http_registry):
+        yield from registry.collect()
+
+
 def _metrics() -> Iterator[str]:
     yield "| metric | type | |\n|---|---|---|"
-    for metric in EngineMetrics("m").registry.collect():
+    for metric in _collected():
         name = metric.name + ("_total" if metric.type == "counter" else "")
         yield f"| `{name}` | {metric.type} | {metric.documentation} |"
     yield ""

@@ -358,3 +358,39 @@ def test_a_client_whose_loop_is_gone_does_no_harm(engine: Engine) -> None:
 
     run(other())
     served.shutdown()
+
+
+def test_an_engine_that_hangs_is_given_up(engine: Engine) -> None:
+    """Nothing that its thread holds is needed to end the streams."""
+    gate = Gate(engine)
+
+    async def test() -> None:
+        served = AsyncEngine(engine)
+        served.start()
+        thread = served._thread
+        assert thread is not None and served.stalled_s == 0
+        streams = [served.submit([i], greedy(3)) for i in range(3)]
+        await until(gate.at_gate.is_set)
+        await until(lambda: served.stalled_s > 0.05)
+        served.give_up("a step has not ended")
+        assert not served.is_healthy
+        for stream in streams:
+            assert (await last(stream)).error == "a step has not ended"
+        with pytest.raises(EngineDeadError, match="a step has not ended"):
+            served.submit([1], greedy(3))
+        served.shutdown()  # does not wait for the thread
+        gate.open()
+        await asyncio.to_thread(thread.join)
+
+    run(test())
+
+
+def test_time_without_work_is_no_stall(engine: Engine) -> None:
+    async def test() -> None:
+        async with started(engine) as served:
+            await last(served.submit([1], greedy(3)))
+            await until(lambda: served.stalled_s == 0)
+            await asyncio.sleep(0.1)
+            assert served.stalled_s == 0 and served.is_healthy
+
+    run(test())

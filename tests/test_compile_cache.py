@@ -9,6 +9,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
+import pytest
+
+from jaxserve.compile_cache import use_compile_cache
+from jaxserve.config import CompileConfig
 from tests.goldens import cases
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +72,17 @@ def test_after_compile_a_start_compiles_nothing(tmp_path: Path) -> None:
     events = json.loads(run(START, str(model), json.dumps(OPTIONS | {"compilation_cache_dir": str(cache)})))
     assert events["compile_requests_use_cache"] == events["cache_hits"] == len(names)
     assert "cache_misses" not in events
+
+    for entry in cache.iterdir():
+        if entry.name.endswith("-cache"):
+            entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    events = json.loads(run(START, str(model), json.dumps(OPTIONS | {"compilation_cache_dir": str(cache)})))
+    assert events["compile_requests_use_cache"] == len(names), "broken entries are compiled anew"
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    use_compile_cache(CompileConfig(compilation_cache_dir=str(tmp_path / "file" / "cache")))
+    assert "compiled anew at each start" in caplog.text and jax.config.jax_compilation_cache_dir == before

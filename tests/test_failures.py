@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve import LLM
+from jaxserve.beam_search import BeamSearch
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError
 from jaxserve.intake import NO_TOKEN_ERROR
@@ -243,3 +244,26 @@ def test_bans_that_leave_no_token() -> None:
     outputs = run(engine)
     assert outputs[request_id].error == NO_TOKEN_ERROR
     assert outputs[good].outputs[0].token_ids == [3] * 8
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_a_request_that_cannot_take_its_token_ends_alone(
+    call: int, undisturbed: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beam search whose host code raises: it would raise again, however often its steps were repeated."""
+    take, calls = BeamSearch.take, 0
+
+    def fail(self: BeamSearch, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= call:
+            raise ZeroDivisionError("injected")
+        return take(self, *args)
+
+    monkeypatch.setattr(BeamSearch, "take", fail)
+    engine = tiny_engine(max_num_seqs=8)
+    ids = submit(engine)
+    outputs = run(engine)
+    beams = next(i for i, kind in enumerate(KINDS) if kind.use_beam_search)
+    assert "internal error" in (outputs[ids[beams]].error or "")
+    assert tokens_of(engine, ids[:beams], outputs) == undisturbed[:beams]

@@ -102,8 +102,8 @@ def _programs(page_size: int, window: int | None, recurrent: bool) -> tuple[Buck
     return buckets, inputs, compile_programs(inputs, apply, Runtime("cpu", mesh), threads=2), placed
 
 
-def tiny_engine(**changes: Any) -> Engine:
-    """An engine without tokenizer; equal options share their compiled programs."""
+def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> Engine:
+    """An engine; equal options share their compiled programs."""
     options = TinyOptions(**changes)
     buckets, inputs, programs, weights = _programs(options.page_size, options.window, options.recurrent)
     pool = PagePool(options.num_pages)
@@ -115,7 +115,9 @@ def tiny_engine(**changes: Any) -> Engine:
         model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed, scheduling_policy=options.scheduling_policy
     )
     store = WeightStore(tiny_names(tiny_spec(options.window, options.recurrent)), inputs.weights, weights)
-    return Engine(config, scheduler, Runner(store, programs, inputs), None, vocab_size=VOCAB, weights=store)
+    return Engine(
+        config, scheduler, Runner(store, programs, inputs), tokenizer, vocab_size=VOCAB, weights=store, observer=observer
+    )
 
 
 def with_limits(engine: Engine, **options: Any) -> Engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from jaxserve import __version__
@@ -13,7 +13,7 @@ from jaxserve.server.serving import Serving
 from jaxserve.server.wire import Json
 
 
-def health_router(serving: Serving, metrics: EngineMetrics) -> APIRouter:
+def health_router(serving: Serving, metrics: EngineMetrics, alias: str | None) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -46,6 +46,6 @@ def health_router(serving: Serving, metrics: EngineMetrics) -> APIRouter:
     @router.get("/metrics")
     async def prometheus_metrics() -> Response:
         """The metrics, in Prometheus's text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(alias), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -31,7 +31,7 @@ def served(engine: FakeEngine | AsyncEngine, config: ServerConfig) -> Iterator[s
         thread.start()
         try:
             assert ready.wait(20)
-            yield server._url
+            yield server.url
         finally:
             server.should_exit = True
             thread.join(20)

@@ -54,7 +54,7 @@ class FakeTokenizer:
 
     @staticmethod
     def bytes_of(ids: Sequence[int]) -> bytes:
-        return bytes(i for i in ids if i != EOS)
+        return bytes(i for i in ids if i < EOS)
 
 
 class FakeEngine:
@@ -79,6 +79,7 @@ class FakeEngine:
         self.reply = reply or (lambda prompt, i: f"{prompt}!{i}" if i else prompt)
         self.default_sampling: dict[str, Any] = {"temperature": 0.6, "top_k": 20}
         self.is_healthy = True
+        self.stalled_s = 0.0
         self.queue_limit = 64
         self.hold = False
         self.fail_after: int | None = None
@@ -95,6 +96,9 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         self.is_shut_down = True
+
+    def give_up(self, reason: str) -> None:
+        self.is_healthy = False
 
     def describe(self) -> dict[str, str]:
         return {"model": self.config.model.model, "KV cache": "64 pages of 16 tokens"}

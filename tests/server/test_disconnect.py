@@ -30,7 +30,7 @@ def send(url: str, body: dict[str, Any]) -> socket.socket:
     sock = socket.create_connection((address.hostname, address.port), timeout=10)
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     sock.sendall(head.encode() + content)
     return sock
 

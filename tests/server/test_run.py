@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -26,11 +28,12 @@ PROGRAM = textwrap.dedent("""
 
     def reply(prompt, i):
         engine.is_healthy = prompt != "die"
+        engine.stalled_s = 31.0 if prompt == "hang" else 0.0
         return "x" * 20
 
     engine = FakeEngine(reply)
     engine.token_delay_s = 0.05
-    config = ServerConfig(port=0, shutdown_timeout={shutdown_timeout})
+    config = ServerConfig(port=0, watchdog_timeout=30, **{options})
     try:
         run(create_app(engine, config), engine, bind(config), config, lambda url: print(url, flush=True))
     finally:
@@ -38,9 +41,9 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-def start(**options: int) -> tuple[subprocess.Popen[str], str]:
+def start(**options: int | str) -> tuple[subprocess.Popen[str], str]:
     """A server in a process of its own, and its URL."""
-    command = [sys.executable, "-c", PROGRAM.format(**options)]
+    command = [sys.executable, "-c", PROGRAM.format(options=options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.stdout
     return process, process.stdout.readline().strip()
@@ -91,6 +94,36 @@ def test_a_server_does_not_outlive_its_engine() -> None:
     assert process.returncode == 1
 
 
+def test_an_engine_that_hangs_is_given_up() -> None:
+    """/health turns red, streams end with an error, and the process ends though the engine's thread cannot."""
+    process, url = start(shutdown_timeout=20)
+    with process, httpx.Client(base_url=url, timeout=20) as client:
+        with client.stream("POST", "/v1/completions", json={"prompt": "hang", "max_tokens": 50, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line]
+            assert "the engine has stopped" in lines[-2] and lines[-1] == "data: [DONE]"
+        assert client.get("/health").status_code == 503
+        process.communicate(timeout=20)
+    assert process.returncode == 1
+
+
+def test_https(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout {key}"
+    )
+    subprocess.run([*make.split(), "-out", certificate], check=True, capture_output=True)
+    process, url = start(ssl_certfile=str(certificate), ssl_keyfile=str(key))
+    with process:
+        assert url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(f"{url}/health", verify=trusting).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        process.terminate()
+
+
 def test_port_in_use() -> None:
     with bind(ServerConfig(port=0)) as first:
         first.listen()
@@ -112,12 +145,17 @@ def test_address_that_is_not_ours(host: str) -> None:
 
 @pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("localhost", None)])
 def test_url(host: str, shown: str | None) -> None:
-    with bind(ServerConfig(host=host, port=0)) as sock:
-        url = url_of(sock)
+    config = ServerConfig(host=host, port=0)
+    with bind(config) as sock:
+        url = url_of(sock, config)
     assert url.startswith("http://") and (shown is None or shown in url)
 
 
-@pytest.mark.parametrize("bad", [{"port": 65536}, {"port": -1}, {"max_body_bytes": 0}, {"shutdown_timeout": -1}])
-def test_bad_options(bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [{"port": 65536}, {"port": -1}, {"max_body_bytes": 0}, {"shutdown_timeout": -1}, {"log_format": "xml"}, {"ssl_keyfile": __file__},
+     {"ssl_certfile": "/no/such/file"}, {"rate_limit": -1}],
+)  # fmt: skip
+def test_bad_options(bad: dict[str, int | str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         ServerConfig(**bad)

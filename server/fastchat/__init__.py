@@ -1,0 +1,1 @@
+"""FastChat's worker API over the engine: what its controller, its OpenAI front and its arena talk to."""

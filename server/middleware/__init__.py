@@ -1,0 +1,1 @@
+"""What stands between the socket and the routes: one ASGI layer a file, each with one concern."""
