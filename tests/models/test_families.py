@@ -56,7 +56,7 @@ def test_one_rotation_for_each_distinct_rope(tmp_path: Path) -> None:
     model, weights = open_and_load(cases.write_checkpoint(tmp_path, "gemma3_text"))
     batch, num_pages = prompts_batch(cases.read_golden("gemma3_text")[0])
     run = partial(model.apply, runtime=Runtime("cpu"))
-    assert str(jax.make_jaxpr(run)(weights, batch, empty_caches(model, num_pages))).count(" cos ") == 2
+    assert str(jax.make_jaxpr(run)(weights, batch, empty_caches(model, num_pages, 1))).count(" cos ") == 2
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
