@@ -1,6 +1,6 @@
 """Where a decode step's time goes: the host's share, the device's share, and the kernels that take the most.
 
-usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256]
+usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096]
 """
 
 from __future__ import annotations
@@ -70,21 +70,27 @@ def host_times(llm: LLM, batch: int, context: int, steps: int) -> dict[str, floa
     return {name: round(t / steps * 1000, 3) for name, t in totals.items()}
 
 
-def device_times(llm: LLM, batch: int, context: int, trace: str | None = None) -> dict[str, float]:
-    """Milliseconds a call of the forward and the sample program, called again and again without the host in between."""
+def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None) -> dict[str, float]:
+    """Milliseconds a call of the forward and the sample program, called again and again without the host in between.
+
+    Args:
+        rows: (tokens, position of the first) of each request of the step.
+    """
     runner = llm.engine.runner
-    shape = runner.buckets.choose(batch, batch, batch, 0)
+    batch, tokens = len(rows), [n for n, _ in rows]
+    shape = runner.buckets.choose(batch, sum(tokens), batch, 0)
     buffer = PlanBuffer(shape, runner._inputs.num_slots)
-    buffer.token_ids[:batch] = ON_DEVICE
+    decode = sum(tokens) == batch
+    buffer.token_ids[: sum(tokens)] = ON_DEVICE if decode else np.random.default_rng(1).integers(0, 1000, sum(tokens))
     buffer.row_slot[:batch] = range(batch)
-    buffer.row_position[:batch] = context
-    buffer.row_tokens[:batch] = 1
-    buffer.num_single_rows[0] = batch
+    buffer.row_position[:batch] = [position for _, position in rows]
+    buffer.row_tokens[:batch] = tokens
+    buffer.num_single_rows[0] = batch if decode else 0
+    buffer.logit_rows[:batch] = np.cumsum(tokens) - 1
     buffer.samples[:batch, 0] = range(batch)
-    pages = runner.buckets.pages_per_slot
-    tables = np.random.default_rng(0).permutation(llm.engine.scheduler.pool.num_pages)[: 256 * (context // 16 + 1)]
-    table = np.zeros((runner._inputs.num_slots, pages), np.int32)
-    width = context // runner.buckets.page_size + 1
+    width = max(map(sum, rows)) // runner.buckets.page_size + 1
+    tables = np.random.default_rng(0).permutation(llm.engine.scheduler.pool.num_pages)[: 256 * width]
+    table = np.zeros((runner._inputs.num_slots, runner.buckets.pages_per_slot), np.int32)
     table[:batch, :width] = np.resize(tables, (batch, width))
     state = type(runner._state)(runner._state.caches, jax.device_put(table, runner._inputs.shardings.replicated))
     buffer.packed = np.resize(buffer.packed, runner.buckets.plan_size)
@@ -137,11 +143,22 @@ def kernels(trace: str, calls: int = 5, top: int = 22) -> list[tuple[str, float,
     return [("total", round(sum(times.values()), 1), sum(counts.values()) // calls), *rows[:top]]
 
 
+def show(llm: LLM, rows: list[tuple[int, int]]) -> None:
+    trace = tempfile.mkdtemp()
+    print(json.dumps(device_times(llm, rows, trace)), flush=True)
+    try:
+        for row in kernels(trace):
+            print("  ", *row, flush=True)
+    except (IndexError, OSError, ValueError) as e:  # the trace is extra
+        print("no trace:", type(e).__name__, e)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prefill", type=int, nargs="*", help="lengths of the prompts of a prefill step")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     options = {k: json.loads(v) for k, _, v in (o.partition("=") for o in args.option)}
@@ -149,15 +166,14 @@ def main() -> None:
     start = time.perf_counter()
     llm = LLM(str(HERE / "models" / args.model), **(engine | options))
     print(f"start {time.perf_counter() - start:.1f} s", llm.engine.description, flush=True)
+    for report in sorted(llm.engine.runner.programs.reports, key=lambda r: -r.seconds)[:8]:
+        print("  ", report.name, f"{report.seconds:.1f} s", flush=True)
     for batch in args.batch:
         print(f"== batch {batch}", json.dumps(host_times(llm, batch, args.context, 60)), flush=True)
-        trace = tempfile.mkdtemp()
-        print(json.dumps(device_times(llm, batch, args.context, trace)), flush=True)
-        try:
-            for row in kernels(trace):
-                print("  ", *row, flush=True)
-        except (IndexError, OSError, ValueError) as e:  # the trace is extra
-            print("no trace:", type(e).__name__, e)
+        show(llm, [(1, args.context)] * batch)
+    if args.prefill:
+        print(f"== prefill {args.prefill}", flush=True)
+        show(llm, [(length, 0) for length in args.prefill])
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def _checked(f: Field[Any], value: object, path: Path) -> object:
 
 
 def _kind(f: Field[Any]) -> tuple[type, str]:
-    text = str(f.type)  # a string, as annotations are postponed
-    return _KINDS["str" if text.startswith("Literal[") else text.removesuffix(" | None")]
+    text = str(f.type).removesuffix(" | None")  # a string, as annotations are postponed
+    return _KINDS["str" if text.startswith("Literal[") else text]
 
 
 def _shown(default: object) -> str:

@@ -33,6 +33,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "auto: float32 on CPU; elsewhere the checkpoint's, float16, float32 and GGUF as bfloat16"
     )
+    quantization: Literal["fp8"] | None = option(
+        None, "fp8: the layers' matmuls in 8 bits, rounded while the weights load, with a scale a channel and a token"
+    )
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")
     generation_config: Literal["auto", "none"] = option("auto", "none: ignore the model's own sampling defaults")
@@ -47,6 +50,9 @@ class CacheConfig:
     gpu_memory_utilization: float = option(0.9, "share of the accelerator's memory that jaxserve may fill")
     kv_cache_memory_bytes: int | None = option(None, "bytes of the KV pool on each device (CPU: 1 GiB if not given)")
     num_gpu_blocks_override: int | None = option(None, "pages of the KV pool, instead of a size in bytes")
+    kv_cache_dtype: Literal["auto", "fp8"] = option(
+        "auto", "fp8: keys and values as e4m3, without scales; auto: as the model's dtype"
+    )
     enable_prefix_caching: bool = option(True, "reuse the pages of prompts that begin alike")
 
 
@@ -187,13 +193,13 @@ def unknown_option(name: str, known: Mapping[str, object]) -> str:
 def check_choice(f: Field[Any], value: object) -> None:
     """Holds a Literal-typed field to its choices."""
     choices = choices_of(f)
-    if choices and value not in choices:
+    if choices and value not in choices and not (value is None and f.default is None):
         raise ConfigError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def choices_of(f: Field[Any]) -> tuple[str, ...]:
     """The choices of a Literal-typed field, empty for any other."""
-    text = str(f.type)  # a string, as annotations are postponed
+    text = str(f.type).removesuffix(" | None")  # a string, as annotations are postponed
     return tuple(part.strip(" \"'") for part in text[8:-1].split(",")) if text.startswith("Literal[") else ()
 
 

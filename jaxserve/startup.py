@@ -88,8 +88,12 @@ class _Build:
         return self.config.cache.block_size if self.has_pages else self.config.model.max_model_len
 
     @property
+    def kv_dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float8_e4m3fn) if self.config.cache.kv_cache_dtype == "fp8" else self.dtype
+
+    @property
     def page_bytes(self) -> int:
-        return page_bytes(self.model.cache_specs, self.page_size, self.dtype, self.shardings.mesh.size)
+        return page_bytes(self.model.cache_specs, self.page_size, self.kv_dtype, self.shardings.mesh.size)
 
     @property
     def pages_per_slot(self) -> int:
@@ -107,7 +111,7 @@ class _Build:
         assert self.config.scheduler.max_num_seqs is not None
         slots = self.config.scheduler.max_num_seqs
         state = abstract_state(
-            self.model.cache_specs, self.num_pages, self.page_size, slots, self.pages_per_slot, self.dtype, self.shardings
+            self.model.cache_specs, self.num_pages, self.page_size, slots, self.pages_per_slot, self.kv_dtype, self.shardings
         )
         weights = tuple(
             jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
@@ -202,7 +206,9 @@ def _of_replica(on_progress: Progress | None, index: int, count: int) -> Progres
 def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
     platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
     dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
-    model = describe_model(source, dtype=dtype, kv_repeat=lambda heads: kv_repeat(heads, mesh.size))
+    model = describe_model(
+        source, dtype=dtype, kv_repeat=lambda heads: kv_repeat(heads, mesh.size), quantization=config.model.quantization
+    )
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     return _Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
@@ -325,11 +331,11 @@ def _summary(build: _Build, programs: Programs) -> dict[str, str]:
     }
     return {
         "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
-        "dtype": build.dtype.name,
+        "dtype": build.dtype.name + (f", {config.model.quantization} matmuls" if config.model.quantization else ""),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
         "KV pool": f"{build.num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "
-        f"{build.num_pages * build.page_bytes / GIB:.2f} GiB a device",
+        f"{build.num_pages * build.page_bytes / GIB:.2f} GiB a device, {build.kv_dtype.name}",
         "max concurrency": f"{config.scheduler.max_num_seqs} requests; {tokens / config.model.max_model_len:.1f} "
         f"of the full {config.model.max_model_len:,} tokens",
         **(states if build.has_states else {}),

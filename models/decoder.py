@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
-from jaxserve.models.layers.linear import linear, parameter, weight
+from jaxserve.models.layers.linear import linear, parameter
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.norms import Norm
@@ -86,8 +86,8 @@ class Decoder(nnx.Module):
         self.embed = parameter((spec.vocab_size, spec.d_model), ("vocab", "embed"), dtype, std=spec.d_model**-0.5)
         self.layers = nnx.List([DecoderLayer(spec, layer, dtype) for layer in spec.layers])
         self.final_norm = Norm(spec.d_model, spec.norm, dtype)
-        head = (spec.d_model, spec.vocab_size)
-        self.lm_head = None if spec.tie_embeddings else weight(head, ("embed", "vocab"), dtype)
+        head = (spec.d_model, spec.vocab_size)  # never quantised: the logits are worth their bits
+        self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=spec.d_model**-0.5)
 
     def __call__(
         self, batch: StepBatch, caches: tuple[Array, ...], runtime: Runtime

@@ -12,22 +12,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import LogicalAxes
+from jaxserve.models.layers.quantized import Fp8Weight, linear_fp8
 
 
 def parameter(
-    shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, mean: float = 0.0, std: float = 0.02
+    shape: Sequence[int],
+    axes: LogicalAxes,
+    dtype: DTypeLike,
+    *,
+    mean: float = 0.0,
+    std: float = 0.02,
+    contract: int | None = None,
 ) -> nnx.Param[jax.Array]:
     """A parameter with its logical axes. Zeros until weights are loaded; abstract under nnx.eval_shape.
 
     Args:
         mean, std: of the values that dummy weights take.
+        contract: for what `linear` alone reads, and so may be quantised: how many leading axes meet the input.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std)
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std, contract=contract)
 
 
 def weight(shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, contract: int = 1) -> nnx.Param[jax.Array]:
-    """A matmul's parameter, whose first `contract` axes meet the input."""
-    return parameter(shape, axes, dtype, std=math.prod(shape[:contract]) ** -0.5)
+    """A matmul's parameter for `linear`, whose first `contract` axes meet the input; quantised when that is asked for."""
+    return parameter(shape, axes, dtype, std=math.prod(shape[:contract]) ** -0.5, contract=contract)
 
 
 def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
@@ -37,7 +45,7 @@ def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
 
 def linear(
     x: Float[Array, "T ..."],
-    w: Float[Array, ...],
+    w: Float[Array, ...] | Fp8Weight,
     bias: Float[Array, ...] | None = None,
     *,
     contract: int = 1,
@@ -50,6 +58,9 @@ def linear(
         transpose: x meets the last axes of w instead: for a tied embedding table [V, D].
         out_dtype: of the result; x's if not given. The products are summed in float32 in any case.
     """
+    if isinstance(w, Fp8Weight):
+        y = linear_fp8(x, w, contract, out_dtype or x.dtype)
+        return y if bias is None else y + bias
     x_axes = tuple(range(x.ndim - contract, x.ndim))
     w_axes = tuple(range(w.ndim - contract, w.ndim)) if transpose else tuple(range(contract))
     # float32 is asked for to get float32: GPUs and TPUs would otherwise round the inputs to fewer bits.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.description import ModelDescription, describe_decoder
+from jaxserve.models.description import ModelDescription, Quantization, describe_decoder
 from jaxserve.models.interface import ShardingFor
 from jaxserve.models.loading.hf_folder import open_folder
 from jaxserve.models.loading.resolve import resolve_model
@@ -42,14 +42,19 @@ def open_source(model: str, load_format: str = "auto") -> ModelSource:
 
 
 def describe_model(
-    source: ModelSource, *, dtype: DTypeLike, kv_repeat: Callable[[int], int] = lambda num_kv_heads: 1
+    source: ModelSource,
+    *,
+    dtype: DTypeLike,
+    kv_repeat: Callable[[int], int] = lambda num_kv_heads: 1,
+    quantization: Quantization | None = None,
 ) -> ModelDescription:
     """The model's parameters and its forward function, before any weight is read.
 
     Args:
+        quantization: of the layers' matmuls, done while the weights load.
         kv_repeat: how often to hold each kv head, from the number that a layer's checkpoint has.
     """
-    return describe_decoder(source.architecture.name, source.spec.with_kv_repeat(kv_repeat), dtype)
+    return describe_decoder(source.architecture.name, source.spec.with_kv_repeat(kv_repeat), dtype, quantization)
 
 
 def load_weights(

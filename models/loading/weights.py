@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jaxserve.models.description import ModelDescription, Parameter
 from jaxserve.models.families.architecture import Architecture
 from jaxserve.models.families.assembly import Assembly, Index, Target
 from jaxserve.models.interface import ShardingFor
+from jaxserve.models.layers.quantized import Fp8Weight, quantize_fp8
 from jaxserve.models.loading.source import ModelSource
 
 OnProgress = Callable[[str, int, int], None]
@@ -58,7 +59,7 @@ def read_weights(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return tuple(future.result() for future in futures)
+    return tuple(array for future in futures for array in future.result())
 
 
 def _plan(model: ModelDescription, architecture: Architecture) -> Iterator[_Job]:
@@ -94,7 +95,7 @@ def _some(names: list[str]) -> str:
     return f"the tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
-def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> jax.Array:
+def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
     shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
     tensors = [source.tensors[name].read for name in job.names]
 
@@ -103,7 +104,8 @@ def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> jax.Arra
         bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
         return job.assembly.read(tensors, job.target, bounds).astype(dtype, copy=False)
 
-    return jax.make_array_from_callback(shape, sharding_for(job.parameter.axes, shape), read)
+    array = jax.make_array_from_callback(shape, sharding_for(job.parameter.axes, shape), read)
+    return _stored(array, job.parameter, sharding_for)
 
 
 def draw_weights(
@@ -112,12 +114,13 @@ def draw_weights(
     """Random weights, drawn where they will live: normal, of a size that keeps activations near 1, the same for a seed."""
     key = jax.random.key(seed)
     weights: list[jax.Array] = []
-    for parameter in model.parameters:
+    for done, parameter in enumerate(model.parameters, start=1):
         shape = parameter.abstract.shape
         draw = _drawer(shape, parameter.abstract.dtype, sharding_for(parameter.axes, shape))
-        weights.append(draw(key, np.uint32(zlib.crc32(parameter.path.encode())), parameter.mean, parameter.std))
+        drawn = draw(key, np.uint32(zlib.crc32(parameter.path.encode())), parameter.mean, parameter.std)
+        weights += _stored(drawn, parameter, sharding_for)
         if on_progress:
-            on_progress("weights", len(weights), len(model.parameters))
+            on_progress("weights", done, len(model.parameters))
     return tuple(weights)
 
 
@@ -130,3 +133,21 @@ def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Call
         return (mean + std * noise).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)
+
+
+def _stored(array: jax.Array, parameter: Parameter, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
+    """The arrays that the forward function takes for a parameter."""
+    if parameter.contract is None:
+        return (array,)
+    shardings = tuple(sharding_for(axes, abstract.shape) for abstract, axes in parameter.arrays)
+    weight = _quantizer(parameter.contract, shardings)(array)
+    array.delete()
+    return weight.values, weight.scales
+
+
+@cache
+def _quantizer(contract: int, shardings: tuple[Sharding, Sharding]) -> Callable[[jax.Array], Fp8Weight]:
+    """The program that quantises parameters on the devices where they are."""
+    values, scales = shardings
+    placed = Fp8Weight(values, scales)  # type: ignore[arg-type]  # the pytree of shardings that jit wants
+    return jax.jit(partial(quantize_fp8, contract=contract), out_shardings=placed)

@@ -16,6 +16,8 @@ from jaxserve.pallas_kernels.paged_attention import xla
 
 log = logging.getLogger(__name__)
 
+E4M3_MAX = 448.0
+
 Implementation = Literal["xla", "mosaic_gpu"]
 
 
@@ -38,10 +40,13 @@ def write_kv(
 ) -> Float[Array, "pages page_size 2*K H"]:
     """Puts each token's key and value at page * page_size + offset = write_slots[t]; slots past the pool are dropped.
 
-    In place when kv_pages is donated.
+    In place when kv_pages is donated. In 8-bit pages, what e4m3 cannot hold becomes its largest number.
     """
     pages, page_size, heads, head_dim = kv_pages.shape
-    kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], heads, head_dim).astype(kv_pages.dtype)
+    kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], heads, head_dim)
+    if kv_pages.dtype.itemsize == 1:
+        kv = jnp.clip(kv, -E4M3_MAX, E4M3_MAX)  # the conversion alone would give NaN
+    kv = kv.astype(kv_pages.dtype)
     flat = kv_pages.reshape(pages * page_size, heads, head_dim)
     return flat.at[write_slots].set(kv, mode="drop").reshape(kv_pages.shape)
 

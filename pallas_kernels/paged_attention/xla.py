@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 KEY_BLOCK = 128  # keys a loop pass looks at
@@ -96,7 +97,7 @@ class _Attend(NamedTuple):
         first = 0 if self.window is None else _min_where(kv_lens - self.window, kv_lens > 0) // KEY_BLOCK
 
         def key_block(j: Array, state: Softmax) -> Softmax:
-            kv, key_position = self._load(tables, j)
+            kv, key_position = self._load(tables, j, q.dtype)
             logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, kv[..., 0, :], preferred_element_type=jnp.float32)
             seen = self._seen(key_position, (kv_lens - 1)[:, None], kv_lens[:, None])[:, None, None]
             return self._update(state, logits, seen, kv[..., 1, :], "BKGS,BSKH->BKGH")
@@ -112,7 +113,7 @@ class _Attend(NamedTuple):
         first = 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // KEY_BLOCK
 
         def key_block(j: Array, state: Softmax) -> Softmax:
-            kv, key_position = self._load(table[None], j)
+            kv, key_position = self._load(table[None], j, q.dtype)
             logits = jnp.einsum("KGQH,SKH->KGQS", grouped, kv[0, :, :, 0], preferred_element_type=jnp.float32)
             seen = self._seen(key_position, positions[:, None], kv_len)
             return self._update(state, logits, seen, kv[0, :, :, 1], "KGQS,SKH->KGQH")
@@ -121,12 +122,14 @@ class _Attend(NamedTuple):
         state = lax.fori_loop(first, last, key_block, _empty(grouped.shape))
         return self._finish(state, query_axis=True).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
 
-    def _load(self, tables: Int[Array, "B max_pages"], j: Array) -> tuple[Float[Array, "B S K 2 H"], Int[Array, " S"]]:
+    def _load(
+        self, tables: Int[Array, "B max_pages"], j: Array, dtype: DTypeLike
+    ) -> tuple[Float[Array, "B S K 2 H"], Int[Array, " S"]]:
         """The j-th block of keys and values of each row, and their positions."""
         pages = KEY_BLOCK // self.kv_pages.shape[1]
         ids = lax.dynamic_slice_in_dim(tables, j * pages, pages, axis=1)
         kv = self.kv_pages[ids].reshape(tables.shape[0], KEY_BLOCK, self.num_kv_heads, 2, -1)
-        return kv, j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+        return kv.astype(dtype), j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
 
     def _seen(self, key_position: Array, position: Array, kv_len: Array) -> Array:
         seen = (key_position <= position) & (key_position < kv_len)

@@ -49,3 +49,18 @@ def test_write_kv_puts_tokens_in_place_and_drops_padding() -> None:
     np.testing.assert_array_equal(written[5, :, 0], k[0])
     np.testing.assert_array_equal(written[11, :, 1], -k[1])
     assert int(jnp.count_nonzero(jnp.any(written != 0, axis=(1, 2, 3)))) == 2
+
+
+def test_write_kv_saturates_8_bit_pages() -> None:
+    pages = jnp.zeros(kv_pages_shape(1, 4, 1, 8), jnp.float8_e4m3fn)
+    k = jnp.full((1, 1, 8), 1e6)
+    written = jax.jit(write_kv)(pages, k, -k, jnp.asarray([2], jnp.int32)).astype(jnp.float32)
+    np.testing.assert_array_equal(written[0, 2, :, 0], [448, -448])
+
+
+def test_8_bit_pages_are_attended_as_what_they_hold() -> None:
+    case = paged_case(4, Shape(), [1, 1, 40], [5, 200, 17], tokens=64)
+    pages = case["kv_pages"].astype(jnp.float8_e4m3fn)
+    attend = jax.jit(lambda case: xla.paged_attention(**case, scale=0.2))
+    want = attend(case | {"kv_pages": pages.astype(jnp.float32)})
+    np.testing.assert_array_equal(attend(case | {"kv_pages": pages})[:42], want[:42])

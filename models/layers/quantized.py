@@ -1,0 +1,63 @@
+"""Weights of 8 bits: how they are made and multiplied. Knows no layer; `linear` comes here when a weight is quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxserve.models.interface import LogicalAxes
+
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0  # largest e4m3 number
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A matmul's weight in e4m3, with a scale for each output channel.
+
+    Attributes:
+        values: [*out, *in], the inputs last: the GPU's 8-bit matrix products read both sides along the contracted axis.
+        scales: [*out] in float32; the weight is values * scales.
+    """
+
+    values: Float[Array, ...]
+    scales: Float[Array, ...]
+
+
+def fp8_layout(shape: tuple[int, ...], axes: LogicalAxes, contract: int) -> tuple[tuple[tuple[int, ...], LogicalAxes], ...]:
+    """Shape and logical axes of values and scales, for a weight [*in, *out] with `contract` input axes."""
+    values = (shape[contract:] + shape[:contract], axes[contract:] + axes[:contract])
+    return values, (shape[contract:], axes[contract:])
+
+
+def quantize_fp8(w: Float[Array, ...], contract: int) -> Fp8Weight:
+    """Rounds a weight [*in, *out] to e4m3, the largest value of each output channel to 448."""
+    inputs = tuple(range(contract))
+    w = w.astype(jnp.float32).transpose(*range(contract, w.ndim), *inputs)
+    last = tuple(range(w.ndim - contract, w.ndim))
+    scales = _scale(w, last)
+    return Fp8Weight((w / scales).astype(FP8), scales.reshape(w.shape[: w.ndim - contract]))
+
+
+def linear_fp8(x: Float[Array, "T ..."], w: Fp8Weight, contract: int, out_dtype: DTypeLike) -> Float[Array, "T ..."]:
+    """x times w, the activations rounded to e4m3 with a scale for each token (as vLLM's dynamic per-token fp8)."""
+    x_axes = tuple(range(x.ndim - contract, x.ndim))
+    w_axes = tuple(range(w.values.ndim - contract, w.values.ndim))
+    wide = x.astype(jnp.float32)
+    x_scales = _scale(wide, x_axes)
+    rounded = (wide / x_scales).astype(FP8)
+    multiply = partial(jax.lax.dot_general, dimension_numbers=((x_axes, w_axes), ((), ())))
+    # A GPU's 8-bit product gives bfloat16, its sums being float32; the scales are applied in float32.
+    y = multiply(rounded, w.values, preferred_element_type=jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32)
+    x_scales = x_scales.reshape(x.shape[: x.ndim - contract] + (1,) * w.scales.ndim)
+    return (y.astype(jnp.float32) * x_scales * w.scales).astype(out_dtype)
+
+
+def _scale(x: Array, axes: tuple[int, ...]) -> Array:
+    return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), 1e-12) / FP8_MAX
