@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.buckets import choose_buckets
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.limits import Limits
@@ -28,7 +29,6 @@ from jaxserve.metrics import FinishedStats, StepStats, TokenStats
 from jaxserve.packing import Packer
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import choose_buckets
 from jaxserve.request import Request
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler

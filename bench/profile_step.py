@@ -49,7 +49,7 @@ def host_times(llm: LLM, batch: int, context: int, steps: int) -> dict[str, floa
         for o, n in [
             (engine.scheduler, "schedule"),
             (engine.runner, "dispatch"),
-            (engine.runner, "_pack"),
+            (engine.runner._packer, "pack"),
             (engine.runner, "_sample"),
             (engine.runner, "collect"),
             (engine, "_take_in"),
@@ -94,17 +94,19 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
     table[:batch, :width] = np.resize(tables, (batch, width))
     state = type(runner._state)(runner._state.caches, jax.device_put(table, runner._inputs.shardings.replicated))
     buffer.packed = np.resize(buffer.packed, runner.buckets.plan_size)
-    stage = runner.programs.others["stage"]
-    forward, sample = runner.programs.forward[shape], runner.programs.sample[shape.num_samples, Mode.GREEDY]
+    stage = runner.programs.named("stage")
+    forward, sample = runner.programs.forward(shape), runner.programs.sample(shape.num_samples, Mode.GREEDY)
     last, packed, results = runner._last_tokens, runner._packed, runner._results[shape.num_samples]
+    read = runner._tokens_read[shape.num_samples].pop()
 
     def loop(count: int) -> float:
-        nonlocal state, last, packed, results
+        nonlocal state, last, packed, results, read
         start = time.perf_counter()
         for _ in range(count):
             packed = stage(runner._send(buffer.packed), packed)
             state, results = forward(runner._weights.arrays, state, last, packed, results)
-            last, _, _ = sample(results, last, None)
+            last, _, out = sample(results, last, None, read)
+            read = out["tokens"]
         jax.block_until_ready(last)
         return (time.perf_counter() - start) / count * 1000
 
@@ -120,6 +122,7 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
             loop(5)
     runner._state, runner._last_tokens, runner._packed = state, last, packed
     runner._results[shape.num_samples] = results
+    runner._tokens_read[shape.num_samples].append(read)
     return result
 
 
@@ -167,7 +170,7 @@ def main() -> None:
     llm = LLM(str(HERE / "models" / args.model), **(engine | options))
     print(f"start {time.perf_counter() - start:.1f} s", llm.engine.description, flush=True)
     for report in sorted(llm.engine.runner.programs.reports, key=lambda r: -r.seconds)[:8]:
-        print("  ", report.name, f"{report.seconds:.1f} s", flush=True)
+        print("  ", report.name, f"{report.seconds:.1f} s, {report.trace_seconds:.1f} of them tracing", flush=True)
     for batch in args.batch:
         print(f"== batch {batch}", json.dumps(host_times(llm, batch, args.context, 60)), flush=True)
         show(llm, [(1, args.context)] * batch)

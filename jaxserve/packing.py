@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxserve.buckets import Buckets
 from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SLOT, TARGET, PlanBuffer
-from jaxserve.programs import Buckets
 from jaxserve.step_plan import SampleRow, StepPlan
 
 

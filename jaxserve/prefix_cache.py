@@ -24,9 +24,13 @@ def root_key(*extras: str) -> PageKey:
     return digest.digest()
 
 
-def page_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
-    """The key of a page that holds these tokens after what `parent` stands for."""
-    return hashlib.sha256(parent + array("i", token_ids).tobytes()).digest()
+def page_keys(parent: PageKey, token_ids: Sequence[int], page_size: int) -> list[PageKey]:
+    """The keys of the full pages that hold these tokens after what `parent` stands for."""
+    tokens, size, keys = array("i", token_ids).tobytes(), 4 * page_size, []
+    for start in range(0, len(tokens) - size + 1, size):
+        parent = hashlib.sha256(parent + tokens[start : start + size]).digest()
+        keys.append(parent)
+    return keys
 
 
 class PrefixCache:

@@ -3,131 +3,92 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve import shaping, step
+from jaxserve.buckets import Buckets
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec
 from jaxserve.plan import SAMPLE_FIELDS, PlanShape
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
+from jaxserve.trace_cache import TraceCache
+
+STEPS_UNDER_WAY = 2  # the host reads a step's tokens while the next runs
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): what start-up reports."""
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """The sizes that programs are compiled for, each ascending.
-
-    Attributes:
-        decode: requests of a step whose requests all have one token.
-        tokens: tokens of any other step, with requests at their maximum.
-        samples: rows that are sampled.
-        pages_per_slot: entries of a request's page table.
-    """
-
-    decode: tuple[int, ...]
-    tokens: tuple[int, ...]
-    samples: tuple[int, ...]
-    pages_per_slot: int
-    page_size: int
-
-    @property
-    def max_num_seqs(self) -> int:
-        return self.decode[-1]
-
-    @cached_property
-    def decode_shapes(self) -> dict[int, PlanShape]:
-        """The plans of the decode programs, by requests: at most one new page a request."""
-        return {n: PlanShape(n, n, _at_least(self.samples, n), n) for n in self.decode}
-
-    @cached_property
-    def mixed_shapes(self) -> dict[int, PlanShape]:
-        """The plans of the mixed programs, by tokens: new pages for these, and one whole table for a prefix hit."""
-        updates = self.max_num_seqs + self.pages_per_slot
-        return {n: PlanShape(n, self.max_num_seqs, self.max_num_seqs, updates + n // self.page_size) for n in self.tokens}
-
-    @property
-    def shapes(self) -> list[PlanShape]:
-        """Every forward program's plan, the largest first."""
-        return [*reversed(self.mixed_shapes.values()), *reversed(self.decode_shapes.values())]
-
-    @property
-    def max_page_updates(self) -> int:
-        """Changes of page tables that the largest plan carries."""
-        return self.shapes[0].num_page_updates
-
-    @cached_property
-    def plan_size(self) -> int:
-        """Length of a packed plan: all programs read from one buffer."""
-        return max(shape.size for shape in self.shapes)
-
-    def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
-        """The smallest plan that holds a step."""
-        if num_rows == num_tokens:
-            shape = self.decode_shapes[_at_least(self.decode, num_rows)]
-            if num_samples <= shape.num_samples and num_page_updates <= shape.num_page_updates:
-                return shape
-        fitting = (s for s in self.mixed_shapes.values() if num_tokens <= s.num_tokens and num_page_updates <= s.num_page_updates)
-        return next(fitting)
-
-
-def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
-    """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
-    smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
-    # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
-    decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
-    samples = {decode[0], max_num_seqs} if platform == "cpu" else {decode[0], *decode[-2:]}
-    return Buckets(
-        decode=decode,
-        tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
-        samples=tuple(sorted(samples)),
-        pages_per_slot=pages_per_slot,
-        page_size=page_size,
-    )
-
-
-def _geometric(largest: int, smallest: int, factor: int) -> tuple[int, ...]:
-    sizes = {largest}
-    size = largest // factor
-    while size >= smallest:
-        sizes.add(size)
-        size //= factor
-    return tuple(sorted(sizes | ({smallest} if smallest == 1 else set())))
-
-
-def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
-    return next(size for size in sizes if size >= wanted)
+CompilerOptions = dict[str, str | bool]
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """What it took to compile a program, and the bytes that it needs on each device."""
+    """What it took to make a program, and the bytes that it needs on each device.
+
+    Attributes:
+        trace_seconds: in Python, where programs wait for each other; not saved by the compile cache.
+    """
 
     name: str
+    trace_seconds: float
     seconds: float
     temp_bytes: int
     argument_bytes: int
 
 
 @dataclass(frozen=True)
-class Programs:
-    """The compiled programs, by what chooses them."""
+class Program:
+    """A function to be compiled for abstract arguments.
 
-    forward: Mapping[PlanShape, jax.stages.Compiled]
-    sample: Mapping[tuple[int, Mode], jax.stages.Compiled]
-    others: Mapping[str, jax.stages.Compiled]
+    Attributes:
+        key: what chooses it (PlanShape, (rows, Mode) or a name).
+        donated: numbers of the arguments that its results take the place of.
+    """
+
+    name: str
+    key: Hashable
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...]
+    out_shardings: Any
+    options: CompilerOptions = field(default_factory=dict)
+
+    def jitted(self, function: Callable[..., Any] | None = None) -> jax.stages.Wrapped:
+        """The function, or one in its place, with what is donated and where results go."""
+        return jax.jit(function or self.function, donate_argnums=self.donated, out_shardings=self.out_shardings, keep_unused=True)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled programs, by their keys."""
+
+    compiled: Mapping[Hashable, jax.stages.Compiled]
     reports: tuple[ProgramReport, ...] = ()
 
+    def forward(self, shape: PlanShape) -> jax.stages.Compiled:
+        return self.compiled[shape]
+
+    def sample(self, num_samples: int, mode: Mode) -> jax.stages.Compiled:
+        return self.compiled[num_samples, mode]
+
+    def named(self, name: str) -> jax.stages.Compiled:
+        return self.compiled[name]
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Device memory that the hungriest of them needs besides its arguments and what it returns in their place."""
+        return max((_temporary_bytes(program) for key, program in self.compiled.items() if key != "reset"), default=0)
+
     def __len__(self) -> int:
-        return len(self.forward) + len(self.sample) + len(self.others)
+        return len(self.compiled)
 
 
 @dataclass(frozen=True)
@@ -174,60 +135,89 @@ class ProgramInputs:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.shardings.replicated)
 
 
-def lower_forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> jax.stages.Lowered:
-    """One forward program, traced and lowered; the state is donated."""
+def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> list[Program]:
+    """Every program that the engine will ever run; forwards, which take longest to compile, come first."""
+    forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
+    samples = [_sample(n, mode, inputs) for n in inputs.buckets.samples for mode in Mode]
+    states = [_copies("copy_states", inputs, inputs.is_state)] if any(inputs.is_state) else []
+    pages = _copies("copy_pages", inputs, tuple(not is_state for is_state in inputs.is_state))
+    return [*forwards, *samples, _stage(inputs), _set_shaping(inputs), pages, *states, _reset(inputs)]
+
+
+def _forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> Program:
+    """Runs the model; the state is donated."""
     page_size = inputs.buckets.page_size
     function = partial(step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=page_size)
     results = inputs.results(shape.num_samples)
-    shardings = jax.tree.map(lambda x: x.sharding, (inputs.state, results))
-    jitted = jax.jit(function, donate_argnums=(1, 4), out_shardings=shardings, keep_unused=True)
-    return jitted.lower(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed, results)
+    return Program(
+        name=f"decode {shape.num_rows}" if shape.num_tokens == shape.num_rows else f"forward {shape.num_tokens}",
+        key=shape,
+        function=function,
+        arguments=(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed, results),
+        donated=(1, 4),
+        out_shardings=jax.tree.map(lambda x: x.sharding, (inputs.state, results)),
+        options=_compiler_options(shape, runtime),
+    )
 
 
-def lower_sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> jax.stages.Lowered:
-    """One sample program, traced and lowered; what it keeps by slot is donated."""
-    jitted = jax.jit(partial(step.sample, mode=mode), donate_argnums=(1, 2), out_shardings=inputs.shardings.replicated)
-    state = inputs.shaping if mode.needs_shaping else None
-    return jitted.lower(inputs.results(num_samples), inputs.last_tokens, state)
+def _compiler_options(shape: PlanShape, runtime: Runtime) -> CompilerOptions:
+    """XLA's options for a forward program.
+
+    From 256 tokens up, cuBLAS alone is as fast as the better of it and Triton, adds the residual within the product, and saves
+    the seconds that choosing takes (87 s for one 8-bit program, measured on an H100).
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {}
 
 
-def lower_stage(inputs: ProgramInputs) -> jax.stages.Lowered:
+def _sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> Program:
+    """Samples rows; what it keeps by slot is donated."""
+    return Program(
+        name=f"sample {num_samples} {mode.value}",
+        key=(num_samples, mode),
+        function=partial(step.sample, mode=mode),
+        arguments=(
+            inputs.results(num_samples),
+            inputs.last_tokens,
+            inputs.shaping if mode.needs_shaping else None,
+            inputs.array((num_samples,)),
+        ),
+        donated=(1, 2, 3),
+        out_shardings=inputs.shardings.replicated,
+    )
+
+
+def _stage(inputs: ProgramInputs) -> Program:
     """Puts a plan where the device programs expect it."""
-    jitted = jax.jit(step.stage, donate_argnums=1, out_shardings=inputs.shardings.replicated)
-    return jitted.lower(inputs.packed, inputs.packed)
+    replicated = inputs.shardings.replicated
+    return Program("stage", "stage", step.stage, (inputs.packed, inputs.packed), donated=(1,), out_shardings=replicated)
 
 
-def lower_set_shaping(inputs: ProgramInputs) -> jax.stages.Lowered:
+def _set_shaping(inputs: ProgramInputs) -> Program:
     """Writes one request's shaping row."""
     row = jax.tree.map(lambda x: inputs.array(x.shape, x.dtype), shaping.shape_like(inputs.vocab_size))
-    jitted = jax.jit(shaping.set_row, donate_argnums=0, out_shardings=inputs.shardings.replicated)
-    return jitted.lower(inputs.shaping, row, inputs.array(()))
+    arguments = (inputs.shaping, row, inputs.array(()))
+    replicated = inputs.shardings.replicated
+    return Program("set_shaping", "set_shaping", shaping.set_row, arguments, donated=(0,), out_shardings=replicated)
 
 
-def lower_copy_pages(inputs: ProgramInputs) -> jax.stages.Lowered:
-    """Copies pages, at most one for each slot."""
-    return _lower_copies(inputs, tuple(not is_state for is_state in inputs.is_state))
-
-
-def lower_copy_states(inputs: ProgramInputs) -> jax.stages.Lowered:
-    """Copies recurrent states from slot to slot."""
-    return _lower_copies(inputs, inputs.is_state)
-
-
-def _lower_copies(inputs: ProgramInputs, chosen: tuple[bool, ...]) -> jax.stages.Lowered:
+def _copies(name: str, inputs: ProgramInputs, chosen: tuple[bool, ...]) -> Program:
+    """Copies pages, or recurrent states, at most one for each slot."""
     ids = inputs.array((inputs.num_slots,))
     shardings = tuple(x.sharding for x in inputs.state.caches)
-    jitted = jax.jit(partial(step.copy_entries, chosen=chosen), donate_argnums=0, out_shardings=shardings, keep_unused=True)
-    return jitted.lower(inputs.state.caches, ids, ids)
+    function = partial(step.copy_entries, chosen=chosen)
+    return Program(name, name, function, (inputs.state.caches, ids, ids), donated=(0,), out_shardings=shardings)
 
 
-def lower_reset(inputs: ProgramInputs) -> jax.stages.Lowered:
-    """Makes all that stays on the device between steps: pool and page tables, last tokens, shaping, plan, results by size."""
-    results = {n: inputs.results(n) for n in inputs.buckets.samples}
-    state = (inputs.state, inputs.last_tokens, inputs.shaping, inputs.packed, results)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state), out_shardings=shardings)
-    return jitted.lower()
+def _reset(inputs: ProgramInputs) -> Program:
+    """Makes all that stays on the device between steps: pool and page tables, last tokens, shaping, plan, results and tokens."""
+    results = [inputs.results(n) for n in inputs.buckets.samples]
+    tokens = [[inputs.array((n,))] * STEPS_UNDER_WAY for n in inputs.buckets.samples]
+    state = (inputs.state, inputs.last_tokens, inputs.shaping, inputs.packed, results, tokens)
+
+    def reset() -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+    return Program("reset", "reset", reset, (), donated=(), out_shardings=jax.tree.map(lambda x: x.sharding, state))
 
 
 def compile_programs(
@@ -235,46 +225,34 @@ def compile_programs(
     apply_model: step.ApplyModel,
     runtime: Runtime,
     on_progress: Progress | None = None,
+    *,
+    traces: TraceCache | None = None,
     threads: int = 8,
 ) -> Programs:
     """Compiles the whole list, in parallel: tracing shares Python, XLA's compiler does not."""
-    forward: dict[PlanShape, jax.stages.Compiled] = {}
-    sample: dict[tuple[int, Mode], jax.stages.Compiled] = {}
-    others: dict[str, jax.stages.Compiled] = {}
-    work: list[tuple[dict[Any, jax.stages.Compiled], Any, str, Callable[[], jax.stages.Lowered]]] = []
-    for shape in inputs.buckets.shapes:
-        name = f"decode {shape.num_rows}" if shape.num_tokens == shape.num_rows else f"forward {shape.num_tokens}"
-        work.append((forward, shape, name, partial(lower_forward, shape, inputs, apply_model, runtime)))
-    for num_samples in inputs.buckets.samples:
-        for mode in Mode:
-            name = f"sample {num_samples} {mode.value}"
-            work.append((sample, (num_samples, mode), name, partial(lower_sample, num_samples, mode, inputs)))
-    copies = (lower_copy_pages, lower_copy_states) if any(inputs.is_state) else (lower_copy_pages,)
-    for lower in (lower_stage, lower_set_shaping, *copies, lower_reset):
-        name = lower.__name__.removeprefix("lower_")
-        work.append((others, name, name, partial(lower, inputs)))
-
+    programs = declare_programs(inputs, apply_model, runtime)
+    compiled: dict[Hashable, jax.stages.Compiled] = {}
     reports = []
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_compile, name, lower): (target, key) for target, key, name, lower in work}
+        jobs = {pool.submit(_compile, program, traces, runtime.platform): program for program in programs}
         for done, job in enumerate(as_completed(jobs), start=1):
-            target, key = jobs[job]
-            target[key], report = job.result()
+            compiled[jobs[job].key], report = job.result()
             reports.append(report)
             if on_progress is not None:
                 on_progress("compile", done, len(jobs))
-    return Programs(forward, sample, others, tuple(reports))
+    return Programs(compiled, tuple(reports))
 
 
-def _compile(name: str, lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, ProgramReport]:
+def _compile(program: Program, traces: TraceCache | None, platform: str) -> tuple[jax.stages.Compiled, ProgramReport]:
     started_s = time.monotonic()
-    program = lower().compile()
-    seconds, memory = time.monotonic() - started_s, program.memory_analysis()
+    lowered = program.jitted().lower(*program.arguments) if traces is None else traces.lower(program, platform)
+    traced_s = time.monotonic()
+    compiled = lowered.compile(compiler_options=program.options)
+    seconds, memory = time.monotonic() - started_s, compiled.memory_analysis()
     sizes = (0, 0) if memory is None else (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
-    return program, ProgramReport(name, seconds, *sizes)
+    return compiled, ProgramReport(program.name, traced_s - started_s, seconds, *sizes)
 
 
-def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """Device memory that a program needs besides its arguments and what it returns in their place."""
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
     memory = program.memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -30,7 +30,7 @@ from jaxserve.plan import (
     TOP_P,
     float_bits,
 )
-from jaxserve.prefix_cache import PageKey, page_key, root_key
+from jaxserve.prefix_cache import PageKey, page_keys, root_key
 from jaxserve.sampler import MAX_LOGPROBS, Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.shaping import Shaping, host_row
@@ -203,12 +203,10 @@ class Request:
 
     def update_page_keys(self, page_size: int) -> None:
         """Extends page_keys over the full pages of tokens that the host knows."""
-        if not self.page_keys and len(self.token_ids) < page_size:
+        if len(self.token_ids) < (len(self.page_keys) + 1) * page_size:
             return
         parent = self.page_keys[-1] if self.page_keys else root_key(self.group.cache_salt)
-        for start in range(len(self.page_keys) * page_size, len(self.token_ids) - page_size + 1, page_size):
-            parent = page_key(parent, self.token_ids[start : start + page_size])
-            self.page_keys.append(parent)
+        self.page_keys += page_keys(parent, self.token_ids[len(self.page_keys) * page_size :], page_size)
 
 
 def sampling_mode(params: SamplingParams, shaped: bool) -> Mode:

@@ -46,11 +46,14 @@ class Runner:
         self._make_state()
 
     def _make_state(self) -> None:
-        fresh = self.programs.others["reset"]()
-        self._state, self._last_tokens, self._shaping, self._packed, self._results = fresh
+        fresh = self.programs.named("reset")()
+        self._state, self._last_tokens, self._shaping, self._packed, results, tokens = fresh
+        self._results = dict(zip(self.buckets.samples, results, strict=True))
+        self._tokens_read = dict(zip(self.buckets.samples, tokens, strict=True))
 
     def _delete_state(self) -> None:
-        for array in jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results)):
+        state = (self._state, self._last_tokens, self._shaping, self._packed, self._results, self._tokens_read)
+        for array in jax.tree.leaves(state):
             array.delete()
 
     def dispatch(self, plan: StepPlan) -> InFlight:
@@ -65,29 +68,32 @@ class Runner:
         rows = plan.sample_rows()
         buffer = self._packer.pack(plan, rows)
         shape = buffer.shape
-        self._packed = self.programs.others["stage"](self._send(buffer.packed), self._packed)
-        self._state, self._results[shape.num_samples] = self.programs.forward[shape](
+        self._packed = self.programs.named("stage")(self._send(buffer.packed), self._packed)
+        self._state, self._results[shape.num_samples] = self.programs.forward(shape)(
             self._weights.arrays, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
         sampled = plan.decodes + [row.request for row in rows]
         outputs = self._sample(shape.num_samples, sampled) if sampled else {}
         return InFlight(plan, rows, outputs, self._weights.version)
 
-    @staticmethod
-    def is_ready(step: InFlight) -> bool:
+    def is_ready(self, step: InFlight) -> bool:
         """Whether the results are there."""
         return all(output.is_ready() for output in step.outputs.values())
 
-    @staticmethod
-    def collect(step: InFlight) -> StepResults:
+    def collect(self, step: InFlight) -> StepResults:
         """Waits for a step's results."""
-        return {name: np.asarray(output) for name, output in step.outputs.items()}
+        results: StepResults = {name: np.asarray(output) for name, output in step.outputs.items()}
+        if "tokens" in results:
+            tokens = step.outputs["tokens"]
+            results["tokens"] = np.array(tokens)  # on a CPU, np.asarray would only look at them
+            self._tokens_read[len(tokens)].append(tokens)  # a later step's take their place
+        return results
 
     def set_shaping(self, request: Request) -> None:
         """Writes the request's penalties and biases to its slot."""
         row = jax.tree.map(self._send, request.shaping_row(self._inputs.vocab_size))
         slot = self._send(np.int32(request.slot))
-        self._shaping = self.programs.others["set_shaping"](self._shaping, row, slot)
+        self._shaping = self.programs.named("set_shaping")(self._shaping, row, slot)
 
     def shutdown(self) -> None:
         """Frees the device memory, that of the weights unless somebody else holds them too."""
@@ -100,9 +106,10 @@ class Runner:
 
     def _sample(self, num_samples: int, sampled: list[Request]) -> dict[str, jax.Array]:
         mode = MODES[max([request.mode_rank for request in sampled])]
-        program = self.programs.sample[num_samples, mode]
+        program = self.programs.sample(num_samples, mode)
         shaping = self._shaping if mode.needs_shaping else None
-        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
+        before = self._tokens_read[num_samples].pop()
+        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping, before)
         self._shaping = self._shaping if shaping is None else shaping
         if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
             del outputs["all_logprobs"]
@@ -114,7 +121,7 @@ class Runner:
         sources = np.zeros(self._inputs.num_slots, np.int32)
         targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
         sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
-        caches = self.programs.others[program](self._state.caches, self._send(sources), self._send(targets))
+        caches = self.programs.named(program)(self._state.caches, self._send(sources), self._send(targets))
         self._state = DeviceState(caches, self._state.page_tables)
 
 

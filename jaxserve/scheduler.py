@@ -345,3 +345,5 @@ class Scheduler:
         self.waiting.remove(request)
         self._run(request)
         self._add_row(request, self._chunk(request, plan, num_behind=0), plan)
+        # Whoever starts behind it, in this very step, may read what it writes: in each layer, writing comes before attention.
+        self.record_computed_pages(request)

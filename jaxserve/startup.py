@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
-from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
+from jaxserve.config import GIB, EngineConfig
 from jaxserve.engine import Engine
-from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits
 from jaxserve.metrics import Observer
 from jaxserve.models.interface import Runtime, StateSpec
@@ -34,22 +35,14 @@ from jaxserve.models.loading import (
 from jaxserve.models.loading.resolve import resolve_model
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
+from jaxserve.pool_size import fit_model_len, num_pages, state_bytes
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import (
-    Buckets,
-    ProgramInputs,
-    ProgramReport,
-    Programs,
-    Progress,
-    choose_buckets,
-    compile_programs,
-    lower_forward,
-    temporary_bytes,
-)
+from jaxserve.programs import ProgramInputs, ProgramReport, Programs, Progress, compile_programs
 from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
+from jaxserve.trace_cache import TraceCache
 from jaxserve.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -57,11 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAGES_MULTIPLE = 256  # the pool's size is part of the compile cache's key, so it must not follow every byte
-
 
 @dataclass(frozen=True)
-class _Build:
+class Build:
     """What the steps of building share."""
 
     config: EngineConfig
@@ -69,7 +60,7 @@ class _Build:
     runtime: Runtime
     shardings: Shardings
     dtype: jnp.dtype
-    num_pages: int = PAGES_MULTIPLE  # provisional, until what else needs memory is known
+    num_pages: int = 1  # until what else needs memory is known
 
     @property
     def has_states(self) -> bool:
@@ -120,7 +111,14 @@ class _Build:
         return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.model.cache_specs)
 
     def compile(self, on_progress: Progress | None) -> Programs:
-        return compile_programs(self.inputs(), self.model.apply, self.runtime, on_progress)
+        return compile_programs(self.inputs(), self.model.apply, self.runtime, on_progress, traces=self._traces())
+
+    def _traces(self) -> TraceCache | None:
+        folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]
+        if not folder or find_spec("flatbuffers") is None:  # jax.export writes with it
+            return None
+        maker = (self.model.spec, self.runtime, self.shardings.mesh.shape, device.device_kind, self.buckets())
+        return TraceCache(Path(folder) / "traces", repr(maker))
 
 
 def build_engine(
@@ -137,7 +135,9 @@ def build_engine(
     tokenizer = _load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
-        _build_replica(_plan(config, source, mesh), source, tokenizer, replica_observer, _of_replica(on_progress, i, len(meshes)))
+        _build_replica(
+            _plan(config, source, mesh), config, source, tokenizer, replica_observer, _of_replica(on_progress, i, len(meshes))
+        )
         for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
     ]
     # What is loaded stays. Else each full collection walks it all, while hundreds of streams wait.
@@ -157,19 +157,36 @@ def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) 
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     reports: list[ProgramReport] = []
     for i, mesh in enumerate(meshes):
-        reports += _plan(config, source, mesh).compile(_of_replica(on_progress, i, len(meshes))).reports
+        build = _plan(config, source, mesh)
+        reports += _compile_to_fit(build, config, _of_replica(on_progress, i, len(meshes)))[1].reports
     return reports
 
 
-def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
+def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     """What to build on a mesh, the number of pages included."""
     build = _describe(config, source, mesh)
-    build = replace(build, num_pages=_num_pages(build))
-    return replace(build, config=_fit_model_len(build, asked=config.model.max_model_len))
+    return _with_pages(build, num_pages(build), config)
+
+
+def _with_pages(build: Build, pages: int, asked: EngineConfig) -> Build:
+    build = replace(build, num_pages=pages)
+    return replace(build, config=fit_model_len(build, asked=asked.model.max_model_len))
+
+
+def _compile_to_fit(build: Build, asked: EngineConfig, on_progress: Progress | None) -> tuple[Build, Programs]:
+    """Compiles, and once more with fewer pages if the programs turn out to need more memory than the pool leaves them."""
+    programs = build.compile(on_progress)
+    pages = num_pages(build, programs.temporary_bytes)
+    if pages >= build.num_pages:
+        return build, programs
+    log.warning("the programs leave room for %s KV pages, not %s: compiling them again", f"{pages:,}", f"{build.num_pages:,}")
+    build = _with_pages(build, pages, asked)
+    return build, build.compile(on_progress)
 
 
 def _build_replica(
-    build: _Build,
+    build: Build,
+    asked: EngineConfig,
     source: ModelSource,
     tokenizer: Tokenizer | None,
     observer: Observer | None,
@@ -178,10 +195,10 @@ def _build_replica(
     seed, sharding_for = build.config.model.seed, build.shardings.of
     with ThreadPoolExecutor(1) as loader:
         loading = loader.submit(load_weights, source, build.model, sharding_for=sharding_for, seed=seed, on_progress=on_progress)
-        programs = build.compile(on_progress)
+        build, programs = _compile_to_fit(build, asked, on_progress)
         weights = loading.result()
     inputs = build.inputs()
-    store = WeightStore([p.path for p in build.model.parameters], inputs.weights, weights)
+    store = WeightStore(build.model.paths, inputs.weights, weights)
     return Engine(
         build.config,
         _scheduler(build),
@@ -203,7 +220,7 @@ def _of_replica(on_progress: Progress | None, index: int, count: int) -> Progres
     return lambda stage, done, total: on_progress(f"{stage} {index + 1}/{count}", done, total)
 
 
-def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
+def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
     dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
     model = describe_model(
@@ -211,80 +228,10 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> _Build:
     )
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
-    return _Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
+    return Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
 
 
-def _num_pages(build: _Build) -> int:
-    """Pages that fit. From the compiler's report, never from free memory: the size is part of every program's cache key."""
-    cache, device = build.config.cache, build.shardings.mesh.devices.flat[0]
-    if cache.num_gpu_blocks_override is not None:
-        return cache.num_gpu_blocks_override
-    if not build.has_pages:
-        assert build.config.scheduler.max_num_seqs is not None
-        return build.config.scheduler.max_num_seqs
-    if cache.kv_cache_memory_bytes is not None:
-        states = _state_bytes(build)
-        if (pages := (cache.kv_cache_memory_bytes - states) // build.page_bytes) < 1:
-            raise ConfigError(
-                f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes:,}, of which the requests' recurrent states take {states:,} "
-                f"and a page {build.page_bytes:,}. Raise it, or lower --max-num-seqs."
-            )
-        return pages
-    if build.runtime.platform == "cpu":
-        return max(GIB // build.page_bytes, 1)
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    if not limit:
-        raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
-    inputs, shape = build.inputs(), build.buckets().shapes[0]
-    program = lower_forward(shape, inputs, build.model.apply, build.runtime).compile()
-    needed = temporary_bytes(program) + _resident_bytes(build)
-    # The limit is what XLA may take, which is itself a share of the device's memory.
-    usable = min(limit, limit / xla_memory_fraction() * cache.gpu_memory_utilization)
-    pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
-    if pages <= 0:
-        raise ConfigError(
-            f"the weights and programs need {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB on each device, which leaves no "
-            "KV pages. Raise --gpu-memory-utilization or --tensor-parallel-size, or lower --max-num-batched-tokens"
-            + (" or --max-num-seqs (each request has a recurrent state)." if build.has_states else ".")
-        )
-    return pages
-
-
-def _resident_bytes(build: _Build) -> int:
-    """What stays on each device besides the pages: weights, recurrent states, and what the sampler and the step keep."""
-    inputs = build.inputs()
-    results = [inputs.results(n) for n in inputs.buckets.samples]
-    arrays = jax.tree.leaves((inputs.weights, inputs.shaping, results, inputs.packed, inputs.state.page_tables))
-    return sum(map(_local_bytes, arrays)) + _state_bytes(build)
-
-
-def _state_bytes(build: _Build) -> int:
-    """Bytes of all requests' recurrent states on each device."""
-    inputs = build.inputs()
-    caches: Any = zip(inputs.state.caches, inputs.is_state, strict=True)
-    return sum(_local_bytes(cache) for cache, is_state in caches if is_state)
-
-
-def _local_bytes(array: jax.ShapeDtypeStruct) -> int:
-    assert array.sharding is not None
-    return int(array.dtype.itemsize * math.prod(array.sharding.shard_shape(array.shape)))
-
-
-def _fit_model_len(build: _Build, asked: int | None) -> EngineConfig:
-    """A request of the full length must fit the pool alone, else it could never end."""
-    model, holds = build.config.model, build.num_pages * build.page_size
-    assert model.max_model_len is not None
-    if holds >= model.max_model_len:
-        return build.config
-    if asked is not None:
-        raise ConfigError(
-            f"max_model_len is {asked:,} tokens, but the KV pool holds {holds:,}. Lower --max-model-len or give the pool more memory."
-        )
-    log.warning("max_model_len is %s: that is what the KV pool holds (the model itself could do %s)", holds, model.max_model_len)
-    return replace(build.config, model=replace(model, max_model_len=holds))
-
-
-def _scheduler(build: _Build) -> Scheduler:
+def _scheduler(build: Build) -> Scheduler:
     buckets = build.buckets()
     limits = Limits(
         max_num_seqs=buckets.max_num_seqs,
@@ -320,13 +267,13 @@ def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, An
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _summary(build: _Build, programs: Programs) -> dict[str, str]:
+def _summary(build: Build, programs: Programs) -> dict[str, str]:
     """What start-up prints."""
     config, mesh = build.config, build.shardings.mesh
     tokens = build.num_pages * build.page_size
     assert config.model.max_model_len is not None
     states = {
-        "recurrent states": f"{config.scheduler.max_num_seqs} requests, {_state_bytes(build) / GIB:.2f} GiB a device",
+        "recurrent states": f"{config.scheduler.max_num_seqs} requests, {state_bytes(build) / GIB:.2f} GiB a device",
         "prefix cache": "off: this model keeps a recurrent state, which pages do not hold",
     }
     return {

@@ -42,6 +42,11 @@ class Parameter:
     contract: int | None = None
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What follows the path in the name of each of its arrays."""
+        return ("",) if self.contract is None else (".values", ".scales")
+
+    @property
     def arrays(self) -> tuple[tuple[jax.ShapeDtypeStruct, LogicalAxes], ...]:
         """What the forward function takes for it: the parameter, or its 8-bit values and their scales."""
         if self.contract is None:
@@ -75,6 +80,11 @@ class ModelDescription:
     def max_model_len(self) -> int:
         """Longest context that the model is made for, in tokens."""
         return self.spec.max_position
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """A name for each array that apply takes: its parameter's path, with .values and .scales where it is quantised."""
+        return tuple(p.path + part for p in self.parameters for part in p.parts)
 
     @property
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -125,7 +126,8 @@ class Runtime:
         """Writes the step's keys and values into their pages; in place when kv_pages is donated."""
         heads = P(None, MODEL_AXIS, None)
         pool = P(None, None, MODEL_AXIS, None)
-        return self._sharded(kernels.write_kv, (pool, heads, heads, P()), pool)(kv_pages, k, v, batch.write_slots)
+        write = partial(kernels.write_kv, implementation=self.attention)
+        return self._sharded(write, (pool, heads, heads, P()), pool)(kv_pages, k, v, batch.write_slots)
 
     def attend(
         self,

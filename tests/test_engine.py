@@ -66,6 +66,17 @@ def test_prefix_hit_computes_only_the_rest() -> None:
     assert_greedy(prompt[:90] + [1, 2, 3], outputs[second].outputs[0].token_ids)
 
 
+def test_requests_of_one_step_share_the_beginning_that_the_first_computes() -> None:
+    engine = tiny_engine()
+    prompt = prompts(5, [40])[0]
+    work = [prompt + [i, i] for i in range(3)]
+    ids = [engine.add_request(tokens, greedy(6)) for tokens in work]
+    outputs = run(engine)
+    assert [outputs[i].num_cached_tokens for i in ids] == [0, 32, 32]  # two whole pages of 16
+    for request_id, tokens in zip(ids, work, strict=True):
+        assert_greedy(tokens, outputs[request_id].outputs[0].token_ids)
+
+
 def test_stop_ids_end_a_request_and_free_everything() -> None:
     engine = tiny_engine()
     prompt = prompts(4, [10])[0]

@@ -145,9 +145,9 @@ def test_reset_frees_the_old_state_before_it_makes_the_new_one(monkeypatch: pyte
 
     def check() -> Any:
         assert pool.is_deleted()
-        return programs.others["reset"]()
+        return programs.named("reset")()
 
-    monkeypatch.setattr(runner, "programs", type(programs)(programs.forward, programs.sample, {"reset": check}))
+    monkeypatch.setattr(runner, "programs", type(programs)({"reset": check}))
     runner.reset()
     assert not runner._state.caches[0].is_deleted()
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.page_pool import PagePool
-from jaxserve.prefix_cache import PrefixCache, page_key, root_key
+from jaxserve.prefix_cache import PrefixCache, page_keys, root_key
 
 
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "share", "release", "keep"]), st.integers(0, 9)), max_size=80))
@@ -48,8 +48,8 @@ def test_release_of_a_free_page_is_a_bug() -> None:
 def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
     pool = PagePool(2)
     cache = PrefixCache(pool)
-    first = page_key(root_key(""), [1, 2])
-    second = page_key(first, [3, 4])
+    first = page_keys(root_key(""), [1, 2], 2)[0]
+    second = page_keys(first, [3, 4], 2)[0]
     pages = [pool.allocate(), pool.allocate()]
     cache.add(first, pages[0])
     cache.add(second, pages[1])
@@ -65,5 +65,7 @@ def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
 
 
 def test_keys_depend_on_tokens_order_and_extras() -> None:
-    keys = {page_key(root_key(*extras), tokens) for extras in [(), ("a",), ("a", "b"), ("ab",)] for tokens in ([1, 2], [2, 1])}
+    keys = {
+        page_keys(root_key(*extras), tokens, 2)[0] for extras in [(), ("a",), ("a", "b"), ("ab",)] for tokens in ([1, 2], [2, 1])
+    }
     assert len(keys) == 8

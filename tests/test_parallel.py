@@ -139,7 +139,7 @@ def test_compile_is_for_every_replica(tmp_path: Path, monkeypatch: pytest.Monkey
         runtime, on_progress = args[-2:]
         meshes.append([device.id for device in runtime.mesh.devices.flat])
         on_progress("compile", 1, 1)
-        return Programs({}, {}, {}, (ProgramReport("decode 1", 0.5, 1, 2),))
+        return Programs({}, (ProgramReport("decode 1", 0.2, 0.5, 1, 2),))
 
     monkeypatch.setattr(startup, "compile_programs", compile_programs)
     config = EngineConfig.from_options(model=str(write_model(tmp_path, 160)), tensor_parallel_size=2, data_parallel_size=3)

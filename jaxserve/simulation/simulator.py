@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 
+from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import Buckets, choose_buckets
 from jaxserve.request import Request
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler

@@ -17,6 +17,7 @@ from jaxserve.pallas_kernels.paged_attention import xla
 log = logging.getLogger(__name__)
 
 E4M3_MAX = 448.0
+KERNEL_WRITE_TOKENS = 64  # fewer go as fast through XLA's scatter, which fuses what makes them
 
 Implementation = Literal["xla", "mosaic_gpu"]
 
@@ -37,6 +38,7 @@ def write_kv(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     write_slots: Int[Array, " T"],
+    implementation: Implementation = "xla",
 ) -> Float[Array, "pages page_size 2*K H"]:
     """Puts each token's key and value at page * page_size + offset = write_slots[t]; slots past the pool are dropped.
 
@@ -47,6 +49,14 @@ def write_kv(
     if kv_pages.dtype.itemsize == 1:
         kv = jnp.clip(kv, -E4M3_MAX, E4M3_MAX)  # the conversion alone would give NaN
     kv = kv.astype(kv_pages.dtype)
+    if implementation == "mosaic_gpu" and kv.shape[0] >= KERNEL_WRITE_TOKENS:
+        from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_write
+
+        try:
+            written: Array = mosaic_gpu_write.write_kv(kv_pages, kv, write_slots)
+            return written
+        except NotImplementedError as reason:
+            _say_once(f"the page write runs without a kernel, as XLA's scatter: {reason}")
     flat = kv_pages.reshape(pages * page_size, heads, head_dim)
     return flat.at[write_slots].set(kv, mode="drop").reshape(kv_pages.shape)
 
@@ -84,7 +94,7 @@ def paged_attention(
         implementation: the back end; one that cannot do these shapes leaves them to the XLA loops, and says so once.
 
     Returns:
-        [T, N, H], in q's type; rows of tokens not in use are unspecified but finite.
+        [T, N, H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
     """
     arguments = (q, kv_pages, page_tables, query_start, kv_lens, num_single_rows, sinks)
     if implementation == "mosaic_gpu":

@@ -6,7 +6,6 @@ Owns the choice of kernels for a program; work lists and kernels are in the file
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
@@ -62,7 +61,7 @@ def paged_attention(
         num_kv_heads=num_kv_heads,
         window=window,
     )
-    out = jax.new_ref(jnp.zeros_like(q))
+    out = jax.empty_ref(jax.typeof(q))
     decode(q, kv_pages, page_tables, plan, sinks, scale=scale, softcap=softcap, out=out)
     prefill(q, kv_pages, page_tables, tiles, sinks, scale=scale, softcap=softcap, out=out)
     merged: jax.Array = out[...]

@@ -397,8 +397,23 @@ class _Body:
             plgpu.barrier_arrive(v_done)
             return acc, high, total, t + 1
 
+        def settle(pending: tuple[Any, ...]) -> None:
+            """Counts a stored partial result in; the last of its row's splits to be counted merges them all."""
+            count, pair_index, base = pending
+
+            @pl.when(count > 1)
+            def _() -> None:
+                arrived = arrive(arrivals, pair_index, box, pair)
+
+                @pl.when(arrived == count - 1)
+                def _() -> None:
+                    merge_partials(
+                        parts, lse, arrivals, out, base, count, pair_index, pair_index * (rows * dim),
+                        rows=rows, stride=num_kv_heads,
+                    )  # fmt: skip
+
         def attend_item(n: jax.Array, carry: Any) -> Any:
-            t, (row, head, lo, hi, split, count, visible) = carry
+            t, (row, head, lo, hi, split, count, visible), pending = carry
             following = item(n + 1)  # read early: three dependent loads stand before its first copy
             acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), layout)
             if self.has_sinks:
@@ -429,31 +444,25 @@ class _Body:
             first = lax.rem(head, self.per_chunk) * rows
             pair_index = row * num_kv_heads + head
 
-            # 3. A row of one split is finished; else the last split to arrive merges.
+            # 3. A row of one split is finished. Another's partial result is counted in one item later, when its stores have
+            #    long reached memory: the release would wait for them otherwise.
             if parts is None:
                 store_rows(acc, out, pair_index * (rows * dim), first, jnp.int32(rows), stride=dim)
-            else:
+                return t, following, pending
+            settle(pending)
+            base = row * (self.max_splits * num_kv_heads) + head
 
-                @pl.when(count == 1)
-                def _() -> None:
-                    store_rows(acc, out, pair_index * (rows * dim), first, jnp.int32(rows), stride=dim)
+            @pl.when(count == 1)
+            def _() -> None:
+                store_rows(acc, out, pair_index * (rows * dim), first, jnp.int32(rows), stride=dim)
 
-                @pl.when(count > 1)
-                def _() -> None:
-                    base = row * (self.max_splits * num_kv_heads) + head
-                    slot = base + split * num_kv_heads
-                    store_rows(acc, parts, slot * (rows * dim), first, jnp.int32(rows), stride=dim)
-                    store_row_values(top + jnp.log2(total), lse, slot * rows, first, jnp.int32(rows))
-                    arrived = arrive(arrivals, pair_index, box, pair)
+            @pl.when(count > 1)
+            def _() -> None:
+                slot = base + split * num_kv_heads
+                store_rows(acc, parts, slot * (rows * dim), first, jnp.int32(rows), stride=dim)
+                store_row_values(top + jnp.log2(total), lse, slot * rows, first, jnp.int32(rows))
 
-                    @pl.when(arrived == count - 1)
-                    def _() -> None:
-                        merge_partials(
-                            parts, lse, arrivals, out, base, count, pair_index, pair_index * (rows * dim),
-                            rows=rows, stride=num_kv_heads,
-                        )  # fmt: skip
-
-            return t, following
+            return t, following, (count, pair_index, base)
 
         head_item = item(jnp.int32(0))
 
@@ -461,4 +470,7 @@ class _Body:
         def _() -> None:
             load_queries(*head_item[:2])
 
-        lax.fori_loop(0, mine, attend_item, (jnp.int32(0), head_item))
+        nothing = (jnp.int32(0),) * 3
+        _, _, pending = lax.fori_loop(0, mine, attend_item, (jnp.int32(0), head_item, nothing))
+        if parts is not None:
+            settle(pending)

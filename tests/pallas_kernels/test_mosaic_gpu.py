@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, reference
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_write, reference, write_kv
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import check_decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import (
     ALIGN,
@@ -111,9 +111,11 @@ def test_refuses_what_it_cannot(heads: int, kv_heads: int, head_dim: int, page_s
 
 
 def run(case: dict[str, Any], dtype: Any, **options: Any) -> np.ndarray:
-    """The kernels' result over pages of `dtype`; two runs must agree bit for bit."""
+    """The kernels' result over pages of `dtype`, of the tokens in use; two runs must agree bit for bit."""
     case = case | {"q": case["q"].astype(jnp.bfloat16), "kv_pages": case["kv_pages"].astype(dtype)}
-    first, second = (np.asarray(mosaic_gpu.paged_attention(**case, scale=0.1, **options), np.float32) for _ in range(2))
+    used = int(case["query_start"][-1])
+    attend = functools.partial(mosaic_gpu.paged_attention, **case, scale=0.1, **options)
+    first, second = (np.asarray(attend()[:used], np.float32) for _ in range(2))
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first, second)
     return first
@@ -131,9 +133,9 @@ def check(shape: Shape, queries: list[int], prefixes: list[int], tokens: int, *,
     with jax.default_device(jax.devices("cpu")[0]):
         want = np.asarray(reference.paged_attention(**jax.device_put(clean, jax.devices("cpu")[0]), scale=0.1, **options))
     used = sum(queries)
-    error = np.linalg.norm(got[:used] - want[:used]) / np.linalg.norm(want[:used])
+    error = np.linalg.norm(got - want[:used]) / np.linalg.norm(want[:used])
     assert error < 4e-3, f"relative error {error}"
-    per_token = np.linalg.norm((got - want)[:used].reshape(used, -1), axis=1)
+    per_token = np.linalg.norm((got - want[:used]).reshape(used, -1), axis=1)
     assert (per_token < 2e-2 * np.linalg.norm(want[:used].reshape(used, -1), axis=1)).all(), np.flatnonzero(per_token > 0.1)
 
 
@@ -189,3 +191,19 @@ def test_pages_before_the_window_are_not_read() -> None:
     gone = [case["page_tables"][row, : max(0, first - 99) // 16] for row, first in enumerate((700, 350, 600))]
     pages = case["kv_pages"].at[jnp.concatenate(gone)].set(jnp.nan)
     np.testing.assert_array_equal(run(case | {"kv_pages": pages}, jnp.bfloat16, window=100), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(512, 8, 128), (24, 1, 64), (2048, 32, 64), (64, 16, 256)])
+def test_page_write(tokens: int, kv_heads: int, head_dim: int, dtype: Any) -> None:
+    rng = np.random.default_rng(tokens)
+    k, v = (jnp.asarray(rng.standard_normal((tokens, kv_heads, head_dim)), jnp.bfloat16) for _ in range(2))
+    pages = jnp.asarray(rng.standard_normal((200, 16, 2 * kv_heads, head_dim)), dtype)
+    slots = rng.permutation(200 * 16)[:tokens].astype(np.int32)
+    slots[::5] = np.iinfo(np.int32).max  # padding
+    slots[3] = 200 * 16  # just past the pool
+    want = write_kv(pages, k, v, jnp.asarray(slots), "xla")
+    kv = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(dtype)
+    got = mosaic_gpu_write.write_kv(pages, kv, jnp.asarray(slots))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))

@@ -1,0 +1,93 @@
+"""The sizes that programs are compiled for: a sum of buckets, never a product. Knows no program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxserve.plan import PlanShape
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes that programs are compiled for, each ascending.
+
+    Attributes:
+        decode: requests of a step whose requests all have one token.
+        tokens: tokens of any other step, with requests at their maximum.
+        samples: rows that are sampled.
+        pages_per_slot: entries of a request's page table.
+    """
+
+    decode: tuple[int, ...]
+    tokens: tuple[int, ...]
+    samples: tuple[int, ...]
+    pages_per_slot: int
+    page_size: int
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.decode[-1]
+
+    @cached_property
+    def decode_shapes(self) -> dict[int, PlanShape]:
+        """The plans of the decode programs, by requests: at most one new page a request."""
+        return {n: PlanShape(n, n, _at_least(self.samples, n), n) for n in self.decode}
+
+    @cached_property
+    def mixed_shapes(self) -> dict[int, PlanShape]:
+        """The plans of the mixed programs, by tokens: one whole table, and room for prefix hits of many pages and few tokens."""
+        updates = self.max_num_seqs + self.pages_per_slot
+        return {n: PlanShape(n, self.max_num_seqs, self.max_num_seqs, updates + n) for n in self.tokens}
+
+    @property
+    def shapes(self) -> list[PlanShape]:
+        """Every forward program's plan, the largest first."""
+        return [*reversed(self.mixed_shapes.values()), *reversed(self.decode_shapes.values())]
+
+    @property
+    def max_page_updates(self) -> int:
+        """Changes of page tables that the largest plan carries."""
+        return self.shapes[0].num_page_updates
+
+    @cached_property
+    def plan_size(self) -> int:
+        """Length of a packed plan: all programs read from one buffer."""
+        return max(shape.size for shape in self.shapes)
+
+    def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
+        """The smallest plan that holds a step."""
+        if num_rows == num_tokens:
+            shape = self.decode_shapes[_at_least(self.decode, num_rows)]
+            if num_samples <= shape.num_samples and num_page_updates <= shape.num_page_updates:
+                return shape
+        fitting = (s for s in self.mixed_shapes.values() if num_tokens <= s.num_tokens and num_page_updates <= s.num_page_updates)
+        return next(fitting)
+
+
+def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
+    """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
+    smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
+    # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
+    decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
+    samples = {decode[0], max_num_seqs} if platform == "cpu" else {decode[0], *decode[-2:]}
+    return Buckets(
+        decode=decode,
+        tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
+        samples=tuple(sorted(samples)),
+        pages_per_slot=pages_per_slot,
+        page_size=page_size,
+    )
+
+
+def _geometric(largest: int, smallest: int, factor: int) -> tuple[int, ...]:
+    sizes = {largest}
+    size = largest // factor
+    while size >= smallest:
+        sizes.add(size)
+        size //= factor
+    return tuple(sorted(sizes | ({smallest} if smallest == 1 else set())))
+
+
+def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
+    return next(size for size in sizes if size >= wanted)
