@@ -94,6 +94,15 @@ def make_parser() -> argparse.ArgumentParser:
     compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
     _add_engine_flags(compile_)
 
+    convert = _add_command(commands, "convert", run_convert, "write a model's parameters as devices hold them, for faster starts")
+    convert.add_argument("--output", metavar="FOLDER", required=True, help="what to serve afterwards; must be new or empty")
+    _add_engine_flags(convert)
+
+    known = "the architectures that can be served, and how each is checked"
+    models = commands.add_parser("models", help=known, description=known[0].upper() + known[1:] + ".")
+    models.add_argument("--markdown", action="store_true", help="as the table in README.md")
+    models.set_defaults(run=run_models)
+
     add_simulate(commands)
     add_bench(commands)
     return parser
@@ -249,6 +258,21 @@ def run_compile(args: argparse.Namespace) -> None:
     with _progress() as on_progress:
         reports = compile_model(config, on_progress=on_progress)
     _print_reports(reports, time.monotonic() - started_s)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    from jaxserve.convert import convert_model
+
+    with _progress() as on_progress:
+        size = convert_model(config, Path(args.output), on_progress=on_progress)
+    print(f"wrote {size / MIB:,.0f} MiB of parameters; serve them with: jaxserve serve {args.output}")
+
+
+def run_models(args: argparse.Namespace) -> None:
+    from jaxserve.models.checks import models_list, models_table
+
+    print(models_table() if args.markdown else models_list())
 
 
 # Their parts

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
-from jaxserve.pallas_kernels.paged_attention import kv_pages_shape
 from jaxserve.plan import SHAPED
 from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.request import Request
@@ -140,8 +139,8 @@ def abstract_state(
         if isinstance(spec, StateSpec):
             shape = (num_slots, *spec.shape)
             return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=to.of((None, *spec.axes), shape))
-        pages = kv_pages_shape(num_pages, page_size, spec.num_kv_heads, spec.head_dim)
-        return jax.ShapeDtypeStruct(pages, dtype, sharding=to.kv_pages)
+        sharding = to.kv_pages if spec.is_sharded else to.replicated
+        return jax.ShapeDtypeStruct(spec.pages_shape(num_pages, page_size), dtype, sharding=sharding)
 
     tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
     return DeviceState(tuple(map(cache, specs)), tables)
@@ -149,5 +148,5 @@ def abstract_state(
 
 def page_bytes(specs: tuple[AnyCacheSpec, ...], page_size: int, dtype: jnp.dtype, devices: int) -> int:
     """Bytes of one page on each device, all layers together; 0 for a model that keeps nothing but states."""
-    values = sum(2 * s.num_kv_heads * s.head_dim * page_size for s in specs if not isinstance(s, StateSpec))
-    return values * dtype.itemsize // devices
+    pages = (spec for spec in specs if not isinstance(spec, StateSpec))
+    return sum(spec.page_values(page_size) // (devices if spec.is_sharded else 1) for spec in pages) * dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,50 +14,84 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
-from jaxserve.models.layers.linear import linear, parameter
+from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
+from jaxserve.models.layers.moe import Moe
 from jaxserve.models.layers.norms import Norm
+from jaxserve.models.layers.positions import sinusoids
 from jaxserve.models.layers.rope import Rotation, rotation
-from jaxserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from jaxserve.models.spec import DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec
 
 
 class DecoderLayer(nnx.Module):
     """A mixer over tokens and an mlp, each adding to the residual stream; either may be missing."""
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, dtype: DTypeLike) -> None:
-        def norm() -> Norm:
-            return Norm(spec.d_model, spec.norm, dtype)
+        def norm(is_there: bool) -> Norm | None:
+            return Norm(spec.d_model, spec.norm, dtype) if is_there else None
 
-        sandwich = spec.norm_placement == "sandwich"
-        self.residual_multiplier = spec.residual_multiplier
-        if layer.mixer is not None:
-            self.mixer_norm = norm()
-            self.mixer_out_norm = norm() if sandwich else None
+        place = spec.norm_placement
+        before, behind = place not in ("post", "after"), place in ("post", "sandwich", "after")
+        mixes, feeds, gains = layer.mixer is not None, layer.mlp is not None, spec.residual_gain
+        self.spec = replace(spec, layers=())  # what layers share: equal for layers alike, which are then traced once
+        self.mixer_norm = norm(before and mixes)
         self.mixer = None if layer.mixer is None else make_mixer(spec.d_model, layer.mixer, dtype)
-        if layer.mlp is not None:
-            self.mlp_norm = norm()
-            self.mlp_out_norm = norm() if sandwich else None
-        self.mlp = None if layer.mlp is None else Mlp(spec.d_model, layer.mlp, dtype)
+        self.mixer_out_norm = norm(behind and mixes)
+        self.mlp_norm = norm(before and feeds and place != "parallel_shared")
+        self.mlp = None if layer.mlp is None else _make_mlp(spec.d_model, layer.mlp, dtype)
+        self.mlp_out_norm = norm(behind and feeds)
+        self.mixer_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and mixes else None
+        self.mlp_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and feeds else None
 
     def __call__(
         self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        if self.spec.norm_placement.startswith("parallel"):
+            return self._parallel(x, caches, batch, rotation, runtime)
         if self.mixer is not None:
-            mixed, caches = self.mixer(self.mixer_norm(x), caches, batch, rotation, runtime)
-            x = self._add(x, mixed, self.mixer_out_norm)
+            normed = _apply(self.mixer_norm, x)
+            mixed, caches = self.mixer(normed, caches, batch, rotation, runtime)
+            x = self._add(normed if self.spec.residual_from_norm else x, mixed, self.mixer_out_norm, self.mixer_gain)
         if self.mlp is not None:
-            x = self._add(x, self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
+            normed = _apply(self.mlp_norm, x)
+            change = self._mlp(normed, batch, runtime)
+            x = self._add(normed if self.spec.residual_from_norm else x, change, self.mlp_out_norm, self.mlp_gain)
         return x, caches
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps."""
         return () if self.mixer is None else self.mixer.cache_specs()
 
-    def _add(self, x: Array, change: Array, out_norm: Norm | None) -> Array:
-        if out_norm is not None:
-            change = out_norm(change)
-        return x + (change if self.residual_multiplier == 1.0 else change * self.residual_multiplier)
+    def _parallel(
+        self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+    ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        assert self.mixer is not None and self.mlp is not None
+        normed = _apply(self.mixer_norm, x)
+        mixed, caches = self.mixer(normed, caches, batch, rotation, runtime)
+        mlp_in = normed if self.mlp_norm is None else self.mlp_norm(x)
+        return x + (mixed + self._mlp(mlp_in, batch, runtime)) * self.spec.residual_multiplier, caches
+
+    def _mlp(self, x: Array, batch: StepBatch, runtime: Runtime) -> Array:
+        assert self.mlp is not None
+        return self.mlp(x, batch, runtime) if isinstance(self.mlp, Moe) else self.mlp(x)
+
+    def _add(self, x: Array, change: Array, out_norm: Norm | None, gain: nnx.Param[Array] | None) -> Array:
+        if self.spec.residual_multiplier != 1.0:
+            change *= self.spec.residual_multiplier
+        if gain is not None:
+            x *= gain.get_value()
+        if out_norm is None:
+            return x + change
+        return out_norm(x + change) if self.spec.norm_placement == "after" else x + out_norm(change)
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec, dtype: DTypeLike) -> Mlp | Moe:
+    return Moe(d_model, spec, dtype) if isinstance(spec, MoeSpec) else Mlp(d_model, spec, dtype)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "runtime"))
@@ -77,17 +112,26 @@ class Decoder(nnx.Module):
     """Token ids in, logits of the wanted rows out.
 
     Attributes:
-        embed: [V, D].
-        lm_head: [D, V]; None where the embeddings are tied.
+        embed: [V, E]; E is D, but where projections lead from it to D and back.
+        positions: [P, D].
+        lm_head: [E, V]; None where the embeddings are tied.
     """
 
     def __init__(self, spec: DecoderSpec, dtype: DTypeLike) -> None:
         self.spec = spec
-        self.embed = parameter((spec.vocab_size, spec.d_model), ("vocab", "embed"), dtype, std=spec.d_model**-0.5)
+        width, d_model = spec.embed_dim or spec.d_model, spec.d_model
+        self.embed = parameter((spec.vocab_size, width), ("vocab", "embed"), dtype, std=d_model**-0.5)
+        self.embed_in = weight((width, d_model), (None, "embed"), dtype) if spec.embed_dim else None
+        self.embed_norm = Norm(d_model, spec.embed_norm, dtype) if spec.embed_norm else None
+        at = spec.positions
+        is_learned = at is not None and at.kind == "learned"
+        self.positions = parameter((at.count + at.offset, d_model), (None, "embed"), dtype) if at and is_learned else None
         self.layers = nnx.List([DecoderLayer(spec, layer, dtype) for layer in spec.layers])
-        self.final_norm = Norm(spec.d_model, spec.norm, dtype)
-        head = (spec.d_model, spec.vocab_size)  # never quantised: the logits are worth their bits
-        self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=spec.d_model**-0.5)
+        self.final_norm = Norm(d_model, spec.norm, dtype) if spec.final_norm else None
+        self.embed_out = weight((d_model, width), ("embed", None), dtype) if spec.embed_dim else None
+        head = (width, spec.vocab_size)  # never quantised: the logits are worth their bits
+        self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=width**-0.5)
+        self.head_bias = parameter((spec.vocab_size,), ("vocab",), dtype) if spec.head_bias else None
 
     def __call__(
         self, batch: StepBatch, caches: tuple[Array, ...], runtime: Runtime
@@ -114,8 +158,17 @@ class Decoder(nnx.Module):
         return tuple(spec for layer in self.layers for spec in layer.cache_specs())
 
     def _embed(self, batch: StepBatch) -> Float[Array, "T D"]:
+        spec = self.spec
         x = jnp.take(self.embed.get_value(), batch.token_ids, axis=0, mode="clip")
-        return x if self.spec.embed_scale is None else x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if spec.embed_scale is not None:
+            x *= jnp.asarray(spec.embed_scale, x.dtype)
+        if self.embed_in is not None:
+            x = linear(x, self.embed_in.get_value())
+        if spec.positions is not None:
+            at = batch.positions + spec.positions.offset
+            table = value(self.positions)
+            x += sinusoids(at, spec.d_model).astype(x.dtype) if table is None else jnp.take(table, at, axis=0, mode="clip")
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _rotations(self, batch: StepBatch) -> dict[RopeSpec | None, Rotation | None]:
         """The angles of each rope that some layer has, made once for all of them."""
@@ -123,11 +176,16 @@ class Decoder(nnx.Module):
         return {rope: None if rope is None else rotation(rope, batch.positions) for rope in ropes}
 
     def _logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
-        x = self.final_norm(x)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.embed_out is not None:
+            x = linear(x, self.embed_out.get_value())
         if self.lm_head is None:
             logits = linear(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
         else:
             logits = linear(x, self.lm_head.get_value(), out_dtype=jnp.float32)
+        if self.head_bias is not None:
+            logits += self.head_bias.get_value().astype(jnp.float32)
         if self.spec.logit_multiplier != 1.0:
             logits *= self.spec.logit_multiplier
         if self.spec.logit_softcap is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -69,19 +70,42 @@ class StepBatch:
         return self.kv_lens == self.query_start[1:] - self.query_start[:-1]
 
 
+CacheKind = Literal["full", "sliding", "chunked", "latent"]
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """What one layer keeps for each token.
 
     Attributes:
-        kind: full attention, or a sliding window (keys further back than `window` are never read).
-        window: keys that a token sees, itself included; None for full attention.
+        kind: keys and values of all tokens; of a sliding window (further back is never read); of the token's own chunk; or
+            one latent row that is key and value of all heads.
+        num_kv_heads, head_dim: of keys and values; a latent row is one head's.
+        window: keys that a token sees, itself included; the chunk's length; None for all.
     """
 
-    kind: Literal["full", "sliding"]
+    kind: CacheKind
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of head_dim values that a token takes."""
+        return 1 if self.kind == "latent" else 2 * self.num_kv_heads
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether heads spread over devices; otherwise each device holds all of it."""
+        return self.kind != "latent"
+
+    def page_values(self, page_size: int) -> int:
+        """Numbers that a page holds."""
+        return page_size * self.rows * self.head_dim
+
+    def pages_shape(self, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
+        """Shape of the layer's pool."""
+        return (num_pages, page_size, self.rows, self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -138,40 +162,75 @@ class Runtime:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        chunk: int | None = None,
         sinks: Float[Array, " N"] | None = None,
+        alibi: Float[Array, " N"] | None = None,
     ) -> Float[Array, "T N H"]:
         """Causal attention of each query token over its own request's pages."""
 
-        def attend(
-            q: Array,
-            kv_pages: Array,
-            page_tables: Array,
-            query_start: Array,
-            kv_lens: Array,
-            num_single_rows: Array,
-            sinks: Array | None,
-        ) -> Array:
-            return kernels.paged_attention(
-                q,
-                kv_pages,
-                page_tables,
-                query_start,
-                kv_lens,
-                num_single_rows,
-                sinks,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                implementation=self.attention,
-            )
-
-        heads = P(None, MODEL_AXIS, None)
-        specs = (heads, P(None, None, MODEL_AXIS, None), P(), P(), P(), P(), P(MODEL_AXIS))
-        return self._sharded(attend, specs, heads)(
-            q, kv_pages, batch.page_tables, batch.query_start, batch.kv_lens, batch.num_single_rows, sinks
+        attend = partial(
+            kernels.paged_attention,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            chunk=chunk,
+            implementation=self.attention,
         )
+        heads, by_head = P(None, MODEL_AXIS, None), P(MODEL_AXIS)
+        specs = (heads, P(None, None, MODEL_AXIS, None), *(P(),) * 4, by_head, by_head)
+        return self._sharded(attend, specs, heads)(q, kv_pages, *_rows_of(batch), sinks, alibi)
+
+    def write_latent(
+        self, pages: Float[Array, "pages page_size 1 R"], latent: Float[Array, "T R"], batch: StepBatch
+    ) -> Float[Array, "pages page_size 1 R"]:
+        """Writes the step's latents into their pages; in place when pages is donated."""
+        write = self._sharded(kernels.write_rows, (P(), P(), P()), P())
+        return write(pages, latent[:, None], batch.write_slots)
+
+    def attend_latent(
+        self,
+        q: Float[Array, "T N R"],
+        pages: Float[Array, "pages page_size 1 R"],
+        batch: StepBatch,
+        *,
+        scale: float,
+        value_dim: int,
+    ) -> Float[Array, "T N V"]:
+        """Causal attention of all heads over the same rows, whose first value_dim numbers are the values as well."""
+
+        attend = partial(kernels.paged_attention, scale=scale, value_dim=value_dim, implementation=self.attention)
+        heads = P(None, MODEL_AXIS, None)
+        return self._sharded(attend, (heads, P(), *(P(),) * 4), heads)(q, pages, *_rows_of(batch))
+
+    def over_experts(
+        self, f: Callable[..., Array], tokens: tuple[Array, ...], arrays: tuple[Array | None, ...]
+    ) -> Float[Array, "T D"]:
+        """Sum over devices of f(*tokens, first, *arrays), where each device has the experts from `first` on.
+
+        Args:
+            arrays: each [E, ...], cut over the devices if E divides by them, else whole on all.
+        """
+        size = 1 if self.mesh is None else self.mesh.size
+        assert arrays[0] is not None
+        if size == 1 or arrays[0].shape[0] % size:
+            return f(*tokens, jnp.int32(0), *arrays)
+        count = arrays[0].shape[0] // size
+
+        def local(*inputs: Array) -> Array:
+            first = jax.lax.axis_index(MODEL_AXIS) * count
+            part: Array = jax.lax.psum(f(*inputs[: len(tokens)], first, *inputs[len(tokens) :]), MODEL_AXIS)
+            return part
+
+        specs = (*(P() for _ in tokens), *(P(MODEL_AXIS) for _ in arrays))
+        summed: Array = self._sharded(local, specs, P())(*tokens, *arrays)
+        return summed
 
     def _sharded(self, f: Callable[..., Array], in_specs: tuple[P, ...], out_spec: P) -> Callable[..., Array]:
         if self.mesh is None or self.mesh.size == 1:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+
+
+def _rows_of(batch: StepBatch) -> tuple[Array, Array, Array, Array]:
+    """What attention kernels ask of a batch."""
+    return batch.page_tables, batch.query_start, batch.kv_lens, batch.num_single_rows

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.families import gemma, llama, mamba
+from jaxserve.models.families import alibi, deepseek, gemma, gpt, gpt_oss, layer_norm, llama, mamba, moe, odd_attention, olmo
 from jaxserve.models.families.architecture import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (*llama.ARCHITECTURES, *gemma.ARCHITECTURES, *mamba.ARCHITECTURES)
+_FAMILIES = (llama, gemma, olmo, layer_norm, gpt, alibi, odd_attention, moe, deepseek, gpt_oss, mamba)
+ARCHITECTURES: tuple[Architecture, ...] = tuple(a for family in _FAMILIES for a in family.ARCHITECTURES)
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:

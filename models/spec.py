@@ -7,156 +7,55 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.attention_spec import (
+    AttentionSpec,
+    DifferentialAttentionSpec,
+    MlaSpec,
+    TemperatureSpec,
+    ValueLogitAttentionSpec,
+)
+from jaxserve.models.mlp_spec import Activation, ClampedSwiglu, MlpSpec, MoeSpec, RouterSpec
+from jaxserve.models.norm_spec import NormSpec
+from jaxserve.models.recurrent_spec import MambaSpec
+from jaxserve.models.rope_spec import (
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    RopeSpec,
+    YarnScaling,
+)
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+__all__ = [
+    "Activation",
+    "AttentionSpec",
+    "ClampedSwiglu",
+    "DecoderSpec",
+    "DifferentialAttentionSpec",
+    "FactorScaling",
+    "LayerSpec",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MambaSpec",
+    "MixerSpec",
+    "MlaSpec",
+    "MlpSpec",
+    "MoeSpec",
+    "NormPlacement",
+    "NormSpec",
+    "PositionSpec",
+    "RopeScaling",
+    "RopeSpec",
+    "RouterSpec",
+    "TemperatureSpec",
+    "ValueLogitAttentionSpec",
+    "YarnScaling",
+]
 
+MixerSpec = AttentionSpec | MlaSpec | MambaSpec
+"""Everything that can mix tokens."""
 
-@dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Every frequency divided by `factor`: positions are interpolated."""
-
-    factor: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Long wavelengths are divided by `factor`, short ones kept, those between blended.
-
-    Attributes:
-        low_freq_factor: wavelengths above original_max_position / low_freq_factor are scaled in full.
-        high_freq_factor: wavelengths below original_max_position / high_freq_factor are kept.
-        original_max_position: tokens of context that the model was first trained on.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-RopeScaling = LinearScaling | Llama3Scaling
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864), first half of a head paired with the second.
-
-    Attributes:
-        theta: base of the wavelengths.
-        rotary_dim: leading dimensions of a head that are rotated.
-    """
-
-    theta: float
-    rotary_dim: int
-    scaling: RopeScaling | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormSpec:
-    """A normalisation over the last axis.
-
-    Attributes:
-        unit_offset: the gain is 1 + weight (Gemma).
-        bias: a bias is added.
-    """
-
-    kind: Literal["rms", "layer"] = "rms"
-    eps: float
-    unit_offset: bool = False
-    bias: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
-    """Causal attention with grouped kv heads.
-
-    Attributes:
-        num_kv_heads: K as the checkpoint has it.
-        scale: factor on the scores before the softmax.
-        window: keys that a token sees, itself included; None for all of them.
-        softcap: scores become softcap * tanh(scores / softcap).
-        qk_norm: normalises q and k of each head over H, before rope.
-        qkv_bias: a bias on q, k and v.
-        out_bias: a bias on the output projection.
-        kv_repeat: how often our arrays repeat each kv head of the checkpoint, one after the other.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    rope: RopeSpec | None
-    window: int | None = None
-    softcap: float | None = None
-    qk_norm: NormSpec | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
-    kv_repeat: int = 1
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "num_heads", "num_kv_heads", "head_dim", "window")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-
-    @property
-    def array_kv_heads(self) -> int:
-        """K of our arrays, repeats included."""
-        return self.num_kv_heads * self.kv_repeat
-
-    @property
-    def group_size(self) -> int:
-        """G of our arrays: query heads for each of their kv heads."""
-        return self.num_heads // self.array_kv_heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlpSpec:
-    """A feed-forward block.
-
-    Attributes:
-        dim: F.
-        gated: activation(gate) * up; otherwise activation(up).
-        bias: a bias on every projection.
-    """
-
-    dim: int
-    activation: Activation
-    gated: bool = True
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "dim")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MambaSpec:
-    """A selective state space with a state for each channel (Mamba, https://arxiv.org/abs/2312.00752).
-
-    Attributes:
-        dim: channels.
-        state_dim: values that each channel keeps.
-        dt_rank: width of what the time steps are projected from.
-        conv_kernel: tokens that the causal convolution sees.
-        activation: after the convolution.
-        conv_bias: a bias on the convolution.
-        proj_bias: a bias on the projections in and out.
-        inner_norm: normalises dt, B and C before they are used (Jamba).
-    """
-
-    dim: int
-    state_dim: int
-    dt_rank: int
-    conv_kernel: int
-    activation: Activation
-    conv_bias: bool = True
-    proj_bias: bool = False
-    inner_norm: NormSpec | None = None
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "dim", "state_dim", "dt_rank", "conv_kernel")
-
-
-MixerSpec = AttentionSpec | MambaSpec  # everything that can mix tokens
+NormPlacement = Literal["pre", "sandwich", "post", "after", "parallel", "parallel_shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +63,7 @@ class LayerSpec:
     """One decoder layer: a mixer over tokens, then an mlp over each of them. Either may be missing."""
 
     mixer: MixerSpec | None
-    mlp: MlpSpec | None
+    mlp: MlpSpec | MoeSpec | None
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -173,7 +72,22 @@ class LayerSpec:
 
     @property
     def rope(self) -> RopeSpec | None:
-        return None if self.attention is None else self.attention.rope
+        return self.mixer.rope if isinstance(self.mixer, AttentionSpec | MlaSpec) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionSpec:
+    """Position embeddings added to the token embeddings.
+
+    Attributes:
+        kind: learned, or sines then cosines of geometric wavelengths up to 2 pi * 10,000 (fairseq's).
+        count: positions that there are.
+        offset: added to the position before the look-up.
+    """
+
+    kind: Literal["learned", "sinusoidal"]
+    count: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +96,19 @@ class DecoderSpec:
 
     Attributes:
         norm: of every norm in and after the layers, those within a mixer apart.
-        norm_placement: "pre" normalises what goes into mixer and mlp; "sandwich" also what comes out.
+        norm_placement: "pre" normalises what goes into mixer and mlp; "post" what comes out; "sandwich" both; "after" the
+            residual stream once each is added. "parallel": mixer and mlp both start from the layer's input, each with a
+            norm of its own; "parallel_shared": with one norm for both.
+        final_norm: there is a norm before the output projection.
+        embed_norm: of the embeddings.
         embed_scale: factor on the embeddings, rounded to their dtype as checkpoints were trained with.
+        embed_dim: of the token embeddings, where projections lead from it to d_model and back (OPT).
+        positions: added to the embeddings.
         tie_embeddings: the output projection is the embedding table.
+        head_bias: a bias on the logits.
         residual_multiplier: factor on what mixer and mlp add to the residual stream.
+        residual_from_norm: mixer and mlp add to what the norm before them gave, not to what went into it.
+        residual_gain: the residual stream is multiplied by a weight of its own before each addition (Doge).
         logit_multiplier: factor on the logits.
         logit_softcap: logits become softcap * tanh(logits / softcap), after the multiplier.
         max_position: longest context that the model is made for, in tokens.
@@ -195,16 +118,26 @@ class DecoderSpec:
     d_model: int
     layers: tuple[LayerSpec, ...]
     norm: NormSpec
-    norm_placement: Literal["pre", "sandwich"] = "pre"
+    norm_placement: NormPlacement = "pre"
+    final_norm: bool = True
+    embed_norm: NormSpec | None = None
     embed_scale: float | None = None
+    embed_dim: int | None = None
+    positions: PositionSpec | None = None
     tie_embeddings: bool = False
+    head_bias: bool = False
     residual_multiplier: float = 1.0
+    residual_from_norm: bool = False
+    residual_gain: bool = False
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     max_position: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "d_model", "max_position")
+        for name in ("vocab_size", "d_model", "max_position", "embed_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
 
     def with_kv_repeat(self, repeat: Callable[[int], int]) -> DecoderSpec:
         """This model with each kv head held several times, for more devices than kv heads.
@@ -213,24 +146,14 @@ class DecoderSpec:
             repeat: how often, from the number of kv heads that a layer's checkpoint has.
 
         Raises:
-            ConfigError: if the query heads of a kv head do not divide among its repeats.
+            ConfigError: if the query heads of a kv head do not divide among its repeats, or heads with one latent not at all.
         """
-        return replace(self, layers=tuple(replace(layer, mixer=_repeat_kv(layer.mixer, repeat)) for layer in self.layers))
 
+        def repeated(mixer: MixerSpec | None) -> MixerSpec | None:
+            if isinstance(mixer, MlaSpec) and repeat(mixer.num_heads) != 1:
+                raise ConfigError(
+                    f"the model's {mixer.num_heads} heads are fewer than the devices. Lower --tensor-parallel-size."
+                )
+            return mixer.repeated(repeat(mixer.num_kv_heads)) if isinstance(mixer, AttentionSpec) else mixer
 
-def _repeat_kv(mixer: MixerSpec | None, repeat: Callable[[int], int]) -> MixerSpec | None:
-    if not isinstance(mixer, AttentionSpec):
-        return mixer
-    group, times = mixer.num_heads // mixer.num_kv_heads, repeat(mixer.num_kv_heads)
-    if group % times:
-        raise ConfigError(
-            f"each kv head serves {group} query heads, which do not divide over {times} devices. Lower --tensor-parallel-size."
-        )
-    return replace(mixer, kv_repeat=times)
-
-
-def _check_positive(spec: object, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        return replace(self, layers=tuple(replace(layer, mixer=repeated(layer.mixer)) for layer in self.layers))

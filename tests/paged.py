@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,10 +35,10 @@ def paged_logits(
     last_tokens = jax.device_put(jnp.zeros(num_rows, jnp.int32), shardings.replicated)
     ids = np.random.default_rng(0).permutation(pages * num_rows).reshape(num_rows, pages)
 
-    @partial(jax.jit, static_argnames="shape")
-    def forward(weights: step.Weights, state: step.DeviceState, packed: jax.Array, shape: PlanShape) -> tuple:
+    def forward(state: step.DeviceState, packed: np.ndarray, shape: PlanShape) -> tuple:
+        """Not one program: each kind of layer is compiled once, by itself, which costs a third of compiling all of them."""
         return step.forward(
-            weights, state, last_tokens, packed,
+            weights, state, last_tokens, jnp.asarray(packed),
             apply_model=model.apply, runtime=Runtime("cpu", mesh), shape=shape, page_size=PAGE,
         )  # fmt: skip
 
@@ -59,6 +57,6 @@ def paged_logits(
             buffer.page_index[:] = range(pages * num_rows)
             buffer.page_id[:] = ids.ravel()
         buffer.logit_rows[: num_rows * count] = range(num_rows * count)
-        state, out = forward(weights, state, buffer.packed, buffer.shape)
+        state, out = forward(state, buffer.packed, buffer.shape)
         logits[:, start:end] = np.asarray(out.logits)[: num_rows * count].reshape(num_rows, count, -1)
     return logits

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,14 @@ from tests.goldens.cases import NAMES, read_golden, write_checkpoint
 from tests.paged import paged_logits
 
 TOLERANCE = 0.01  # of the logits' standard deviation, in float32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compiles() -> Iterator[None]:
+    """Compiling is what these tests spend their time on; each program runs a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache
@@ -37,9 +47,17 @@ def test_chunked_prefill_and_paged_decode(name: str, tmp_path: Path) -> None:
         assert_close(paged_logits(model, weights, tokens, chunk=chunk, num_decoded=16), want)
 
 
-@pytest.mark.parametrize("name, devices", [("llama", 2), ("llama", 4), ("qwen2", 2), ("gemma3_text", 2)])
+DEVICES = [
+    *(("llama", 2), ("llama", 4), ("qwen2", 2), ("gemma3_text", 2)),  # heads cut, and with 4 devices repeated
+    *(("olmo2", 4), ("stablelm_parallel", 4), ("diffllama", 2), ("doge", 2), ("bitnet", 2)),  # norms and gates by head
+    *(("gpt2", 2), ("bloom", 2), ("falcon", 4), ("opt_post_norm", 2)),
+    *(("qwen2_moe", 2), ("gpt_oss", 2), ("llama4_text", 2), ("afmoe", 2)),  # experts cut
+    *(("mixtral", 4), ("dbrx", 2), ("deepseek_v2", 2), ("deepseek_v3", 4)),
+]
+
+
+@pytest.mark.parametrize("name, devices", DEVICES)
 def test_tensor_parallel(name: str, devices: int, tmp_path: Path) -> None:
-    """With 4 devices the 2 kv heads are repeated."""
     model, weights = load(write_checkpoint(tmp_path / name, name), devices)
     tokens, want = read_golden(name)
     assert_close(paged_logits(model, weights, tokens, chunk=16, num_decoded=4, devices=devices), want)

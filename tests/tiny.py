@@ -157,8 +157,9 @@ class DenseRuntime:
         return jnp.stack([k, v])
 
     def attend(
-        self, q: jax.Array, kv: jax.Array, batch: StepBatch, *, scale: float, window: int | None, softcap: float | None
+        self, q: jax.Array, kv: jax.Array, batch: StepBatch, *, scale: float, window: int | None, **others: None
     ) -> jax.Array:
+        assert not any(others.values()), "tiny models have none of these"
         k, v = (jnp.repeat(x, q.shape[1] // kv.shape[2], axis=1) for x in kv)
         logits = jnp.einsum("TNH,SNH->NTS", q, k) * scale
         t = jnp.arange(q.shape[0])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from jaxserve.models.spec import AttentionSpec, LayerSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec, MoeSpec
 
 Index = tuple[slice, ...]
 """Which part of an array is wanted: a contiguous range with start and stop on every axis."""
@@ -32,114 +32,217 @@ class Target:
 
     @property
     def attention(self) -> AttentionSpec:
-        """The attention that the parameter belongs to."""
+        """The layer's attention."""
         assert self.layer is not None and self.layer.attention is not None, self.path
         return self.layer.attention
 
+    @property
+    def num_experts(self) -> int:
+        assert self.layer is not None and isinstance(self.layer.mlp, MoeSpec), self.path
+        return self.layer.mlp.num_experts
 
-class Assembly(Protocol):
-    """Makes a parameter from the checkpoint's tensors `names`; "{i}" in a name stands for the layer."""
+
+class Assembly(ABC):
+    """Makes a parameter from the checkpoint's tensors."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    @abstractmethod
+    def patterns(self) -> tuple[str, ...]:
+        """Names of the tensors; "{i}" stands for the layer and "{e}" for each expert in turn."""
 
+    def names(self, target: Target) -> tuple[str, ...]:
+        """Names of this target's tensors, "{i}" still in them."""
+        return tuple(
+            name.replace("{e}", str(e)) for name in self.patterns for e in range(target.num_experts if "{e}" in name else 1)
+        )
+
+    @abstractmethod
     def shapes(self, target: Target) -> tuple[Shape, ...]:
         """The shapes that the tensors must have."""
-        ...
 
+    @abstractmethod
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         """The wanted part of the parameter, in the checkpoint's dtype."""
-        ...
+
+    def choose(self, target: Target, has: Callable[[str], bool]) -> Assembly:
+        """The assembly that a checkpoint needs, which `has` tensors of some names."""
+        return self
 
 
 @dataclass(frozen=True)
-class Same:
-    """The tensor as it is."""
+class OneOf(Assembly):
+    """Checkpoints come in several forms: the first whose tensors are there."""
 
-    name: str
+    forms: tuple[Assembly, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def patterns(self) -> tuple[str, ...]:
+        return self.forms[0].patterns
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        return self.forms[0].shapes(target)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        return self.forms[0].read(tensors, target, index)
+
+    def choose(self, target: Target, has: Callable[[str], bool]) -> Assembly:
+        fitting = (form for form in self.forms if all(map(has, form.names(target))))
+        return next(fitting, self.forms[0]).choose(target, has)
+
+
+@dataclass(frozen=True)
+class Same(Assembly):
+    """The tensor as it is, but for the way its axes are counted: [N, H] may be stored as [N * H].
+
+    Attributes:
+        shape: that the checkpoint has, made from the parameter's; None for the parameter's own.
+    """
+
+    name: str
+    shape: Callable[[Shape], Shape] | None = None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
         return (self.name,)
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        return (target.shape,)
+        return (target.shape if self.shape is None else self.shape(target.shape),)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        return tensors[0](index)
+        if self.shape is None:
+            return tensors[0](index)
+        return whole(tensors[0], self.shape(target.shape)).reshape(target.shape)[index]
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A torch Linear's weight [out, in] as [*in, out]; the inputs of an attention's output projection are [N, H]."""
+class Projection(Assembly):
+    """A torch Linear's weight [out, in] as [*in, *out], such as [N, H, D] of an attention's output projection.
+
+    Attributes:
+        num_inputs: how many of the parameter's leading axes are inputs; all but the last if not given.
+        is_transposed: the checkpoint has [in, out] (GPT-2's Conv1D).
+    """
 
     name: str
+    num_inputs: int | None = None
+    is_transposed: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def patterns(self) -> tuple[str, ...]:
         return (self.name,)
 
+    def _split(self, target: Target) -> tuple[Shape, Shape]:
+        at = len(target.shape) - 1 if self.num_inputs is None else self.num_inputs
+        return target.shape[:at], target.shape[at:]
+
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        *inputs, outputs = target.shape
-        return ((outputs, int(np.prod(inputs))),)
+        ins, outs = (int(np.prod(part)) for part in self._split(target))
+        return ((ins, outs) if self.is_transposed else (outs, ins),)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        first, *inner, outputs = index
-        row = int(np.prod(target.shape[1:-1]))  # inputs for each step along the first axis
-        part = transpose(tensors[0]((outputs, slice(first.start * row, first.stop * row))))
-        part = part.reshape(-1, *target.shape[1:-1], part.shape[-1])
-        return part[(slice(None), *inner)]
+        ins, outs = self._split(target)
+        rows, columns = _range(index[: len(ins)], ins), _range(index[len(ins) :], outs)
+        part = tensors[0]((rows, columns)) if self.is_transposed else transpose(tensors[0]((columns, rows)))
+        counts = (index[0].stop - index[0].start, index[len(ins)].stop - index[len(ins)].start)
+        part = part.reshape(counts[0], *ins[1:], counts[1], *outs[1:])
+        inner = (slice(None), *index[1 : len(ins)], slice(None), *index[len(ins) + 1 :])
+        return part[inner]
+
+
+def _range(index: Index, shape: Shape) -> slice:
+    """The flat range of a part whose first axis is cut; the axes behind it are read whole."""
+    step = int(np.prod(shape[1:]))
+    return slice(index[0].start * step, index[0].stop * step)
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Assembly):
     """Several Linears' weights [F, D] as [D, parts, F], or their biases [F] as [parts, F]."""
 
-    names: tuple[str, ...]
+    tensors: tuple[str, ...]
+    is_transposed: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.tensors
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
         *inputs, _, outputs = target.shape
-        return ((outputs, *inputs),) * len(self.names)
+        return ((*inputs, outputs) if self.is_transposed else (outputs, *inputs),) * len(self.tensors)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         *inputs, parts, outputs = index
-        read = [tensor((outputs, *inputs)) for tensor in tensors[parts]]
-        out = np.empty((*read[0].shape[:0:-1], len(read), len(read[0])), read[0].dtype)
-        for i, part in enumerate(read):
-            transpose(part, out[..., i, :])
-        return out
+        if self.is_transposed:
+            return np.stack([read((*inputs, outputs)) for read in tensors[parts]], axis=-2)
+        return stack_transposed([read((outputs, *inputs)) for read in tensors[parts]])
 
 
 @dataclass(frozen=True)
-class FusedQkv:
-    """q [N*H, D], k and v [K*H, D] as [D, K, G + 2, H], or their biases as [K, G + 2, H]; kv heads repeated as the spec says."""
+class Halves(Assembly):
+    """Gate and up in one tensor [2 F, D], gate first (or up, if swapped), as [D, 2, F]; or their biases [2 F] as [2, F]."""
 
-    names: tuple[str, str, str]
+    name: str
+    is_swapped: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        mixer, inputs = target.attention, target.shape[:-3]
-        q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-        return (q, *inputs), (kv, *inputs), (kv, *inputs)
+        *inputs, parts, outputs = target.shape
+        return ((parts * outputs, *inputs),)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        mixer, repeat = target.attention, target.attention.kv_repeat
-        *inputs, heads, group, dims = index
-        first, last = heads.start // repeat, -(-heads.stop // repeat)  # kv heads of the checkpoint
-        copies = np.arange(heads.start, heads.stop) // repeat - first
+        *inputs, parts, outputs = index
+        dim = target.shape[-1]
+        order = (1, 0) if self.is_swapped else (0, 1)
+        starts = [order[part] * dim for part in range(parts.start, parts.stop)]
+        return stack_transposed([tensors[0]((slice(at + outputs.start, at + outputs.stop), *inputs)) for at in starts])
 
-        def read(tensor: ReadTensor, start: int, stop: int) -> np.ndarray:
-            return tensor((slice(start * mixer.head_dim, stop * mixer.head_dim), *inputs))
 
-        size = mixer.group_size * mixer.head_dim  # rows of q for each kv head
-        q = read(tensors[0], heads.start * mixer.group_size, heads.stop * mixer.group_size)
-        k, v = (read(tensor, first, last) for tensor in tensors[1:])
-        out = np.empty((*q.shape[1:], len(copies), size + 2 * mixer.head_dim), q.dtype)
-        for i, copy in enumerate(copies.tolist()):
-            of_head = slice(copy * mixer.head_dim, (copy + 1) * mixer.head_dim)
-            transpose(q[i * size : (i + 1) * size], out[..., i, :size])
-            transpose(k[of_head], out[..., i, size : size + mixer.head_dim])
-            transpose(v[of_head], out[..., i, size + mixer.head_dim :])
-        return out.reshape(*out.shape[:-1], -1, mixer.head_dim)[..., group, dims]
+@dataclass(frozen=True)
+class Derived(Assembly):
+    """Small tensors, read whole, and what a function makes of them.
+
+    Attributes:
+        tensors: patterns of names.
+        wanted: their shapes.
+        make: the whole parameter.
+    """
+
+    tensors: tuple[str, ...]
+    wanted: Callable[[Target], tuple[Shape, ...]]
+    make: Callable[[list[np.ndarray], Target], np.ndarray]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.tensors
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        return self.wanted(target)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        values = [whole(read, shape) for read, shape in zip(tensors, self.shapes(target), strict=True)]
+        return self.make(values, target).reshape(target.shape)[index]
+
+
+def whole(read: ReadTensor, shape: Shape) -> np.ndarray:
+    """All of a tensor."""
+    return read(tuple(slice(0, n) for n in shape))
+
+
+def known_names(assemblies: Collection[Assembly]) -> list[str]:
+    """Every pattern that a table's assemblies may read."""
+    forms = (form for a in assemblies for form in (a.forms if isinstance(a, OneOf) else (a,)))
+    return [pattern for form in forms for pattern in form.patterns]
+
+
+def stack_transposed(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Weights [F, D] as [D, parts, F], or biases [F] as [parts, F], each turned over in its place."""
+    out = np.empty((*parts[0].shape[:0:-1], len(parts), len(parts[0])), parts[0].dtype)
+    for i, part in enumerate(parts):
+        transpose(part, out[..., i, :])
+    return out
 
 
 def transpose(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Index, ReadTensor, Shape, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, transpose
 
 Part = Callable[[Target], tuple[int, int]]
 """Which rows of a fused tensor a parameter is: the first one, and how many rows the tensor has in all."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Assembly):
     """Some rows of a torch Linear's weight [out, in] as [in, *axes], or of its bias [out] as [*axes].
 
     Attributes:
@@ -28,7 +28,7 @@ class Rows:
     part: Part | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def patterns(self) -> tuple[str, ...]:
         return (self.name,)
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import AnyCacheSpec, CacheSpec, Runtime, StepBatch
+from jaxserve.models.interface import AnyCacheSpec, CacheKind, CacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotate
@@ -18,6 +20,7 @@ class Attention(nnx.Module):
 
     Attributes:
         qkv: [D, K, G + 2, H]: for each kv head its G query heads, then k, then v, so that cutting K cuts all three alike.
+        gate: [D, N, H].
         out: [N, H, D].
     """
 
@@ -26,8 +29,12 @@ class Attention(nnx.Module):
         self.spec = spec
         self.qkv = weight((d_model, kv_heads, group + 2, head_dim), ("embed", "kv_heads", None, None), dtype)
         self.qkv_bias = parameter((kv_heads, group + 2, head_dim), ("kv_heads", None, None), dtype) if spec.qkv_bias else None
-        self.q_norm = Norm(head_dim, spec.qk_norm, dtype, (None,)) if spec.qk_norm else None
-        self.k_norm = Norm(head_dim, spec.qk_norm, dtype, (None,)) if spec.qk_norm else None
+        self.q_norm = _qk_norm(spec, spec.num_heads, "heads", dtype)
+        self.k_norm = _qk_norm(spec, kv_heads, "kv_heads", dtype)
+        self.gate = weight((d_model, spec.num_heads, head_dim), ("embed", "heads", None), dtype) if spec.out_gate else None
+        self.sinks = parameter((spec.num_heads,), ("heads",), dtype) if spec.sinks else None
+        by_head = (spec.num_heads, head_dim)
+        self.out_norm = Norm(by_head, spec.out_norm, dtype, ("heads", None), num_axes=2) if spec.out_norm else None
         self.out = weight((spec.num_heads, head_dim, d_model), ("heads", None, "embed"), dtype, contract=2)
         self.out_bias = parameter((d_model,), ("embed",), dtype) if spec.out_bias else None
 
@@ -35,19 +42,73 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's keys and values."""
-        spec, (kv_pages,) = self.spec, caches
-        qkv = linear(x, self.qkv.get_value(), value(self.qkv_bias))  # [T, K, G + 2, H]
-        q = qkv[:, :, : spec.group_size].reshape(-1, spec.num_heads, spec.head_dim)
-        k, v = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, H]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        kv_pages = runtime.write_kv(kv_pages, k, v, batch)
-        mixed = runtime.attend(q, kv_pages, batch, scale=spec.scale, window=spec.window, softcap=spec.softcap)
+        (kv_pages,) = caches
+        q, k, v = self._project(x, batch, rotation)
+        mixed, kv_pages = self._mix(q, k, v, kv_pages, batch, runtime)
+        if self.gate is not None:
+            mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value()))
+        if self.out_norm is not None:
+            mixed = self.out_norm(mixed)
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps: pages of keys and values."""
+        return (self._cache_spec(),)
+
+    def _cache_spec(self) -> CacheSpec:
         spec = self.spec
-        return (CacheSpec("full" if spec.window is None else "sliding", spec.array_kv_heads, spec.head_dim, spec.window),)
+        kind: CacheKind = "chunked" if spec.chunk is not None else "full" if spec.window is None else "sliding"
+        return CacheSpec(kind, spec.array_kv_heads, spec.head_dim, spec.window or spec.chunk)
+
+    def _project(self, x: Float[Array, "T D"], batch: StepBatch, rotation: Rotation | None) -> tuple[Array, Array, Array]:
+        """q [T, N, H], k and v [T, K, H]."""
+        spec = self.spec
+        qkv = linear(x, self.qkv.get_value(), value(self.qkv_bias))  # [T, K, G + 2, H]
+        q = qkv[:, :, : spec.group_size].reshape(-1, spec.num_heads, spec.head_dim)
+        k, v = qkv[:, :, -2], qkv[:, :, -1]
+        if not spec.qk_norm_after_rope:
+            q, k = self._normalize(q, k)
+        if spec.clip is not None:
+            q, k, v = (jnp.clip(x, -spec.clip, spec.clip) for x in (q, k, v))
+        if rotation is not None:
+            interleaved = spec.rope is not None and spec.rope.interleaved
+            q, k = rotate(q, rotation, interleaved), rotate(k, rotation, interleaved)
+        if spec.qk_norm_after_rope:
+            q, k = self._normalize(q, k)
+        if spec.temperature is not None:
+            t = spec.temperature
+            steps = jnp.floor((batch.positions.astype(jnp.float32) + t.offset) / t.length)
+            q = (q * (1 + t.scale * jnp.log1p(steps))[:, None, None]).astype(q.dtype)
+        return q, k, v
+
+    def _normalize(self, q: Array, k: Array) -> tuple[Array, Array]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+    def _mix(
+        self, q: Array, k: Array, v: Array, kv_pages: Array, batch: StepBatch, runtime: Runtime
+    ) -> tuple[Float[Array, "T N H"], Array]:
+        """Keeps k and v, and gives what each head reads."""
+        kv_pages = runtime.write_kv(kv_pages, k, v, batch)
+        return self._attend(q, kv_pages, batch, runtime), kv_pages
+
+    def _attend(self, q: Array, kv_pages: Array, batch: StepBatch, runtime: Runtime) -> Array:
+        spec = self.spec
+        return runtime.attend(
+            q,
+            kv_pages,
+            batch,
+            scale=spec.scale,
+            window=spec.window,
+            chunk=spec.chunk,
+            softcap=spec.softcap,
+            sinks=value(self.sinks),
+            alibi=None if spec.alibi is None else jnp.asarray(spec.alibi, jnp.bfloat16 if spec.alibi_rounded else jnp.float32),
+        )
+
+
+def _qk_norm(spec: AttentionSpec, heads: int, axis: str, dtype: DTypeLike) -> Norm | None:
+    if spec.qk_norm is None:
+        return None
+    if spec.qk_norm_over == "head":
+        return Norm(spec.head_dim, spec.qk_norm, dtype, (None,))
+    return Norm((heads, spec.head_dim), spec.qk_norm, dtype, (axis, None), num_axes=2 if spec.qk_norm_over == "all_heads" else 1)

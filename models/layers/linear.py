@@ -67,3 +67,9 @@ def linear(
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     y = jax.lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype)
     return y if bias is None else y + bias
+
+
+def linear_by_head(x: Float[Array, "T N A"], w: Float[Array, "N A B"]) -> Float[Array, "T N B"]:
+    """Each head's x times its own matrix."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("TNA,NAB->TNB", x, w, precision=precision, preferred_element_type=x.dtype)

@@ -9,9 +9,19 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.attention import Attention
+from jaxserve.models.layers.differential_attention import DifferentialAttention
 from jaxserve.models.layers.mamba import Mamba
+from jaxserve.models.layers.mla import Mla
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.spec import AttentionSpec, MambaSpec, MixerSpec
+from jaxserve.models.layers.value_logit_attention import ValueLogitAttention
+from jaxserve.models.spec import (
+    AttentionSpec,
+    DifferentialAttentionSpec,
+    MambaSpec,
+    MixerSpec,
+    MlaSpec,
+    ValueLogitAttentionSpec,
+)
 
 
 class Mixer(Protocol):
@@ -30,10 +40,16 @@ class Mixer(Protocol):
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]: ...
 
 
-def make_mixer(d_model: int, spec: MixerSpec, dtype: DTypeLike) -> Attention | Mamba:
+def make_mixer(d_model: int, spec: MixerSpec, dtype: DTypeLike) -> Attention | Mla | Mamba:
     """The module that a spec describes."""
     match spec:
+        case DifferentialAttentionSpec():
+            return DifferentialAttention(d_model, spec, dtype)
+        case ValueLogitAttentionSpec():
+            return ValueLogitAttention(d_model, spec, dtype)
         case AttentionSpec():
             return Attention(d_model, spec, dtype)
+        case MlaSpec():
+            return Mla(d_model, spec, dtype)
         case MambaSpec():
             return Mamba(d_model, spec, dtype)

@@ -6,18 +6,45 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.layers.norms import Norm
 from jaxserve.models.spec import Activation, MlpSpec
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+
+def activate(spec: MlpSpec, up: Float[Array, "T parts F"], xielu: Float[Array, " 4"] | None = None) -> Float[Array, "T F"]:
+    """What goes into the last projection, from the first one's result.
+
+    Args:
+        up: gate and up of a gated block; up alone of a plain one.
+        xielu: that activation's learned numbers.
+    """
+    if spec.clamped is not None:
+        gate, linear_part = jnp.minimum(up[:, 0], spec.clamped.limit), jnp.clip(up[:, 1], -spec.clamped.limit, spec.clamped.limit)
+        return gate * jax.nn.sigmoid(spec.clamped.alpha * gate) * (linear_part + 1)
+    hidden = _xielu(up[:, 0], xielu) if xielu is not None else ACTIVATIONS[spec.activation](up[:, 0])
+    return hidden * up[:, 1] if spec.gated else hidden
+
+
+def _xielu(x: Array, numbers: Float[Array, " 4"]) -> Array:
+    """xIELU (https://arxiv.org/abs/2411.13010) with alpha_p, alpha_n, beta and eps."""
+    alpha_p, alpha_n, beta, eps = (numbers[i].astype(x.dtype) for i in range(4))
+    alpha_p, alpha_n = jax.nn.softplus(alpha_p), beta + jax.nn.softplus(alpha_n)
+    negative = (jnp.expm1(jnp.minimum(x, eps)) - x) * alpha_n
+    return jnp.where(x > 0, alpha_p * x * x, negative) + beta * x
 
 
 class Mlp(nnx.Module):
@@ -26,6 +53,7 @@ class Mlp(nnx.Module):
     Attributes:
         up: [D, 2, F], gate before up, so that cutting F cuts both alike; [D, 1, F] if not gated.
         down: [F, D].
+        xielu: the activation's alpha_p, alpha_n, beta and eps.
     """
 
     def __init__(self, d_model: int, spec: MlpSpec, dtype: DTypeLike) -> None:
@@ -33,12 +61,14 @@ class Mlp(nnx.Module):
         self.spec = spec
         self.up = weight((d_model, parts, spec.dim), ("embed", None, "ffn"), dtype)
         self.up_bias = parameter((parts, spec.dim), (None, "ffn"), dtype) if spec.bias else None
+        self.xielu = parameter((4,), (None,), dtype, mean=0.5) if spec.activation == "xielu" else None
+        self.hidden_norm = Norm(spec.dim, spec.hidden_norm, dtype, ("ffn",)) if spec.hidden_norm else None
         self.down = weight((spec.dim, d_model), ("ffn", "embed"), dtype)
         self.down_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         up = linear(x, self.up.get_value(), value(self.up_bias))  # [T, 2 or 1, F]
-        hidden = ACTIVATIONS[self.spec.activation](up[:, 0])
-        if self.spec.gated:
-            hidden *= up[:, 1]
+        hidden = activate(self.spec, up, value(self.xielu))
+        if self.hidden_norm is not None:
+            hidden = self.hidden_norm(hidden)
         return linear(hidden, self.down.get_value(), value(self.down_bias))

@@ -14,21 +14,31 @@ from jaxserve.models.spec import NormSpec
 
 
 class Norm(nnx.Module):
-    """Normalises the last axis, then applies a gain and maybe a bias."""
+    """Normalises the last axes, then applies a gain and maybe a bias.
 
-    def __init__(self, dim: int, spec: NormSpec, dtype: DTypeLike, axes: LogicalAxes = ("embed",)) -> None:
+    Args:
+        shape: of the gain.
+        num_axes: how many last axes are normalised together.
+    """
+
+    def __init__(
+        self, shape: int | tuple[int, ...], spec: NormSpec, dtype: DTypeLike, axes: LogicalAxes = ("embed",), num_axes: int = 1
+    ) -> None:
+        shape = (shape,) if isinstance(shape, int) else shape
         self.spec = spec
-        self.weight = parameter((dim,), axes, dtype, mean=0.0 if spec.unit_offset else 1.0)
-        self.bias = parameter((dim,), axes, dtype) if spec.bias else None
+        self.num_axes = num_axes
+        self.weight = parameter(shape, axes, dtype, mean=0.0 if spec.unit_offset else 1.0) if spec.gain else None
+        self.bias = parameter(shape, axes, dtype) if spec.bias else None
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        over = tuple(range(-self.num_axes, 0))
         y = x.astype(jnp.float32)
         if self.spec.kind == "layer":
-            y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.spec.eps)
-        gain = self.weight.get_value().astype(jnp.float32)
-        y *= 1.0 + gain if self.spec.unit_offset else gain
-        bias = value(self.bias)
+            y -= jnp.mean(y, axis=over, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.spec.eps)
+        gain, bias = value(self.weight), value(self.bias)
+        if gain is not None:
+            y *= gain.astype(jnp.float32) + (1.0 if self.spec.unit_offset else 0.0)
         if bias is not None:
             y += bias.astype(jnp.float32)
         return y.astype(x.dtype)

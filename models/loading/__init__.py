@@ -11,12 +11,21 @@ from jax.typing import DTypeLike
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.description import ModelDescription, Quantization, describe_decoder
 from jaxserve.models.interface import ShardingFor
+from jaxserve.models.loading.converted import read_converted, save_converted
 from jaxserve.models.loading.hf_folder import open_folder
 from jaxserve.models.loading.resolve import resolve_model
 from jaxserve.models.loading.source import ModelSource
-from jaxserve.models.loading.weights import OnProgress, draw_weights, read_weights
+from jaxserve.models.loading.weights import OnProgress, draw_weights, read_weights, store_weights
 
-__all__ = ["ModelDescription", "ModelSource", "describe_model", "load_weights", "open_source", "resolve_dtype"]
+__all__ = [
+    "ModelDescription",
+    "ModelSource",
+    "describe_model",
+    "load_weights",
+    "open_source",
+    "resolve_dtype",
+    "save_converted",
+]
 
 
 def open_source(model: str, load_format: str = "auto") -> ModelSource:
@@ -73,6 +82,9 @@ def load_weights(
     Raises:
         ModelLoadError: if a tensor is missing, left over or of the wrong shape.
     """
+    if source.kind == "converted":
+        arrays = read_converted(model, source, sharding_for)
+        return store_weights(model, arrays, sharding_for)
     if source.kind == "dummy":
         return draw_weights(model, sharding_for, seed, on_progress)
     return read_weights(model, source, sharding_for, on_progress)

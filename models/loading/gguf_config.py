@@ -99,6 +99,8 @@ def _rope_parameters(fields: _Fields) -> Config:
     kind = fields("rope.scaling.type", "none")
     parameters = {"rope_type": "default", "rope_theta": fields("rope.freq_base", 10000.0)}
     if kind != "none":  # the family refuses kinds that it does not know
+        if kind != "linear":
+            raise ModelLoadError(f"rope type {kind!r} is not supported in GGUF files; jaxserve can do linear")
         parameters |= {"rope_type": kind, "factor": fields("rope.scaling.factor")}
     return parameters
 

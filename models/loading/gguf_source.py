@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.models.families.architecture import Architecture
-from jaxserve.models.families.assembly import Index, Shape
+from jaxserve.models.families.assembly import Index, Shape, known_names
 from jaxserve.models.loading.gguf_config import config_from_gguf
 from jaxserve.models.loading.gguf_file import GgufFile, GgufTensor, open_gguf
 from jaxserve.models.loading.hf_config import understand_config
@@ -105,7 +105,7 @@ def _hf_names(file: GgufFile, architecture: Architecture, spec: DecoderSpec) -> 
     arch = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[file.metadata["general.architecture"]]
     gguf_names = get_tensor_name_map(arch, len(spec.layers))
     names = {}
-    for pattern in (name for assembly in architecture.tensors.values() for name in assembly.names):
+    for pattern in known_names(architecture.table(spec).values()):
         for layer in range(len(spec.layers)) if "{i}" in pattern else range(1):
             hf_name = pattern.replace("{i}", str(layer))
             gguf_name = gguf_names.get_name(hf_name, try_suffixes=(".weight", ".bias"))

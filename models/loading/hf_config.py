@@ -12,6 +12,7 @@ from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.registry import find_architecture
 from jaxserve.models.spec import DecoderSpec
 
+_DEPTHS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # as one family or another calls it
 _MAX_LAYERS = 1000  # a damaged config must not keep us busy for hours
 
 
@@ -34,7 +35,9 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
             "use the unquantised one, or a GGUF file"
         )
     text_config = raw.get("text_config")
-    check_depth((text_config if isinstance(text_config, Mapping) else raw).get("num_hidden_layers", 1))
+    own = text_config if isinstance(text_config, Mapping) else raw
+    for name in _DEPTHS & own.keys():
+        check_depth(own[name])
     try:
         config = _make_config(architecture.model_type, raw)
         return architecture, config, architecture.spec(config)

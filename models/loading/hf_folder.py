@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.assembly import Index, Shape
+from jaxserve.models.loading.converted import is_converted
 from jaxserve.models.loading.hf_config import generation_defaults, understand_config
 from jaxserve.models.loading.source import ModelSource, StoredTensor
 
@@ -48,17 +49,23 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
     generation_file = folder / "generation_config.json"
     generation = generation_defaults(raw, _read_json(generation_file) if generation_file.exists() else {})
     if dummy:
-        named = str(raw.get("dtype") or raw.get("torch_dtype"))
-        dtype = named if named in _DTYPES.values() else "bfloat16"
-        return ModelSource(folder, "dummy", architecture, config, spec, generation, dtype, {})
+        return ModelSource(folder, "dummy", architecture, config, spec, generation, _named_dtype(raw), {})
+    if is_converted(folder):
+        return ModelSource(folder, "converted", architecture, config, spec, generation, _named_dtype(raw), {})
     tensors: dict[str, StoredTensor] = {}
     dtypes: Counter[str] = Counter()
     for name, tensor in _open_tensors(folder).items():
-        if not name.startswith(architecture.ignored):
+        if architecture.is_needed(name):
             tensors[architecture.read_name(name)] = tensor
             dtypes[_known_dtype(name, tensor)] += 1
     dtype = dtypes.most_common(1)[0][0] if dtypes else "bfloat16"
     return ModelSource(folder, "safetensors", architecture, config, spec, generation, dtype, tensors)
+
+
+def _named_dtype(raw: Mapping[str, Any]) -> str:
+    """The dtype that config.json names."""
+    named = str(raw.get("dtype") or raw.get("torch_dtype"))
+    return named if named in _DTYPES.values() else "bfloat16"
 
 
 def _known_dtype(name: str, tensor: SafeTensor) -> str:

@@ -40,7 +40,7 @@ class ModelSource:
     """
 
     path: Path
-    kind: Literal["safetensors", "gguf", "dummy"]
+    kind: Literal["safetensors", "gguf", "converted", "dummy"]
     architecture: Architecture
     config: HfConfig
     spec: DecoderSpec

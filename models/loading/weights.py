@@ -16,7 +16,6 @@ from jax.sharding import Sharding
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.description import ModelDescription, Parameter
-from jaxserve.models.families.architecture import Architecture
 from jaxserve.models.families.assembly import Assembly, Index, Target
 from jaxserve.models.interface import ShardingFor
 from jaxserve.models.layers.quantized import Fp8Weight, quantize_fp8
@@ -47,7 +46,7 @@ def read_weights(
     Raises:
         ModelLoadError: before anything is read, if a tensor is missing, left over or of the wrong shape.
     """
-    jobs = list(_plan(model, source.architecture))
+    jobs = list(_plan(model, source))
     _check(jobs, model, source)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(_load, job, source, sharding_for) for job in jobs]
@@ -62,14 +61,20 @@ def read_weights(
     return tuple(array for future in futures for array in future.result())
 
 
-def _plan(model: ModelDescription, architecture: Architecture) -> Iterator[_Job]:
+def _plan(model: ModelDescription, source: ModelSource) -> Iterator[_Job]:
+    table = source.architecture.table(model.spec)
     for parameter in model.parameters:
         match = _LAYER.match(parameter.path)
         number = match[1] if match else ""
         layer = model.spec.layers[int(number)] if match else None
-        assembly = architecture.tensors[_LAYER.sub("layers.{i}.", parameter.path)]
+        assembly = table[_LAYER.sub("layers.{i}.", parameter.path)]
         target = Target(parameter.path, parameter.abstract.shape, layer)
-        yield _Job(parameter, target, assembly, tuple(name.replace("{i}", number) for name in assembly.names))
+        assembly = assembly.choose(target, partial(_has, source, number))
+        yield _Job(parameter, target, assembly, tuple(name.replace("{i}", number) for name in assembly.names(target)))
+
+
+def _has(source: ModelSource, layer: str, name: str) -> bool:
+    return name.replace("{i}", layer) in source.tensors
 
 
 def _check(jobs: list[_Job], model: ModelDescription, source: ModelSource) -> None:
@@ -133,6 +138,12 @@ def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Call
         return (mean + std * noise).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)
+
+
+def store_weights(model: ModelDescription, arrays: tuple[jax.Array, ...], sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
+    """The arrays that the forward function takes, from the parameters as a checkpoint has them."""
+    pairs = zip(model.parameters, arrays, strict=True)
+    return tuple(stored for parameter, array in pairs for stored in _stored(array, parameter, sharding_for))
 
 
 def _stored(array: jax.Array, parameter: Parameter, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:

@@ -44,37 +44,50 @@ def write_kv(
 
     In place when kv_pages is donated. In 8-bit pages, what e4m3 cannot hold becomes its largest number.
     """
-    pages, page_size, heads, head_dim = kv_pages.shape
-    kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], heads, head_dim)
-    if kv_pages.dtype.itemsize == 1:
-        kv = jnp.clip(kv, -E4M3_MAX, E4M3_MAX)  # the conversion alone would give NaN
-    kv = kv.astype(kv_pages.dtype)
+    kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], *kv_pages.shape[2:])
     if implementation == "mosaic_gpu" and kv.shape[0] >= KERNEL_WRITE_TOKENS:
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_write
 
         try:
-            written: Array = mosaic_gpu_write.write_kv(kv_pages, kv, write_slots)
+            written: Array = mosaic_gpu_write.write_kv(kv_pages, _as_stored(kv, kv_pages), write_slots)
             return written
         except NotImplementedError as reason:
             _say_once(f"the page write runs without a kernel, as XLA's scatter: {reason}")
-    flat = kv_pages.reshape(pages * page_size, heads, head_dim)
-    return flat.at[write_slots].set(kv, mode="drop").reshape(kv_pages.shape)
+    return write_rows(kv_pages, kv, write_slots)
+
+
+def write_rows(
+    pages: Float[Array, "pages page_size rows H"], rows: Float[Array, "T rows H"], write_slots: Int[Array, " T"]
+) -> Float[Array, "pages page_size rows H"]:
+    """Puts each token's rows at page * page_size + offset = write_slots[t], as write_kv does."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    return flat.at[write_slots].set(_as_stored(rows, pages), mode="drop").reshape(pages.shape)
+
+
+def _as_stored(rows: Float[Array, "T rows H"], pages: Float[Array, "pages page_size rows H"]) -> Float[Array, "T rows H"]:
+    """Rows in the pages' type."""
+    if pages.dtype.itemsize == 1:
+        rows = jnp.clip(rows, -E4M3_MAX, E4M3_MAX)  # the conversion alone would give NaN
+    return rows.astype(pages.dtype)
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv_pages: Float[Array, "pages page_size 2*K H"],
+    kv_pages: Float[Array, "pages page_size rows H"],
     page_tables: Int[Array, "B max_pages"],
     query_start: Int[Array, " B+1"],
     kv_lens: Int[Array, " B"],
     num_single_rows: Int[Array, ""],
     sinks: Float[Array, " N"] | None = None,
+    alibi: Float[Array, " N"] | None = None,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    value_dim: int | None = None,
     implementation: Implementation,
-) -> Float[Array, "T N H"]:
+) -> Float[Array, "T N V"]:
     """Causal attention of packed query tokens, each over the pages of its own request.
 
     Row b's query tokens are query_start[b]:query_start[b + 1], the last of its kv_lens[b] tokens, whose keys are already in
@@ -88,26 +101,33 @@ def paged_attention(
         kv_lens: keys of each row, 0 for an unused row.
         num_single_rows: rows with exactly one token come first; this is how many there are. With T = B there are no others.
         sinks: a logit for each head that takes part in the softmax without a value (gpt-oss).
+        alibi: a slope for each head: slope * (key position - query position) is added to the logits. In bfloat16, as Falcon
+            has it: slope * key position, rounded to bfloat16, is added to q . k before the scale.
         scale: factor on q . k.
         window: keys that a token sees, itself included; None for all.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        chunk: a token sees only keys of its own chunk of this many positions.
+        value_dim: each row of the pool is a key of its own, and its first value_dim numbers are the value (latent attention).
         implementation: the back end; one that cannot do these shapes leaves them to the XLA loops, and says so once.
 
     Returns:
-        [T, N, H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
+        [T, N, value_dim or H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
     """
     arguments = (q, kv_pages, page_tables, query_start, kv_lens, num_single_rows, sinks)
     if implementation == "mosaic_gpu":
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
 
         try:
+            if alibi is not None or chunk is not None or value_dim is not None:
+                raise NotImplementedError("no kernel has ALiBi, chunks or latent rows")
+            decode_only = q.shape[0] == page_tables.shape[0]
             out: Array = mosaic_gpu.paged_attention(
-                *arguments, scale=scale, window=window, softcap=softcap, decode_only=q.shape[0] == page_tables.shape[0]
+                *arguments, scale=scale, window=window, softcap=softcap, decode_only=decode_only
             )
             return out
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
-    return xla.paged_attention(*arguments, scale=scale, window=window, softcap=softcap)
+    return xla.paged_attention(*arguments, alibi, scale=scale, window=window, softcap=softcap, chunk=chunk, value_dim=value_dim)
 
 
 @functools.cache

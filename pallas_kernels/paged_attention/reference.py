@@ -9,30 +9,35 @@ from jaxtyping import Array, Float, Int
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv_pages: Float[Array, "pages page_size 2*K H"],
+    kv_pages: Float[Array, "pages page_size rows H"],
     page_tables: Int[Array, "B max_pages"],
     query_start: Int[Array, " B+1"],
     kv_lens: Int[Array, " B"],
     num_single_rows: Int[Array, ""],
     sinks: Float[Array, " N"] | None = None,
+    alibi: Float[Array, " N"] | None = None,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> Float[Array, "T N H"]:
+    chunk: int | None = None,
+    value_dim: int | None = None,
+) -> Float[Array, "T N V"]:
     """See api.paged_attention; computed in float32."""
-    num_tokens, _, head_dim = q.shape
-    num_rows = page_tables.shape[0]
-    num_kv_heads = kv_pages.shape[2] // 2
+    num_tokens, num_heads, head_dim = q.shape
+    num_rows, rows_per_head = page_tables.shape[0], 2 if value_dim is None else 1
+    num_kv_heads = kv_pages.shape[2] // rows_per_head
     token = jnp.arange(num_tokens)
     row = jnp.clip(jnp.searchsorted(query_start, token, side="right") - 1, 0, num_rows - 1)
     position = kv_lens[row] - (query_start[row + 1] - query_start[row]) + token - query_start[row]
 
-    kv = kv_pages[page_tables].reshape(num_rows, -1, num_kv_heads, 2, head_dim).astype(jnp.float32)
+    kv = kv_pages[page_tables].reshape(num_rows, -1, num_kv_heads, rows_per_head, head_dim).astype(jnp.float32)
     key_position = jnp.arange(kv.shape[1])
     seen = key_position <= position[:, None]
     if window is not None:
         seen &= key_position > position[:, None] - window
+    if chunk is not None:
+        seen &= key_position // chunk == position[:, None] // chunk
     seen &= key_position < kv_lens[row][:, None]
 
     grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)
@@ -40,10 +45,16 @@ def paged_attention(
     logits = jnp.einsum("TKGH,TSKH->TKGS", grouped, kv[row, :, :, 0], precision="highest") * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    if alibi is not None:
+        slopes = alibi.reshape(1, num_kv_heads, -1, 1)
+        if alibi.dtype == jnp.bfloat16:
+            logits += (slopes * key_position.astype(jnp.bfloat16)).astype(jnp.float32) * scale  # eager: each step is rounded
+        else:
+            logits += slopes * (key_position - position[:, None])[:, None, None]
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.reshape(1, num_kv_heads, -1, 1), (*logits.shape[:3], 1))
         logits = jnp.concatenate([logits, sink.astype(jnp.float32)], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)[..., : kv.shape[1]]
-    out = jnp.einsum("TKGS,TSKH->TKGH", weights, kv[row, :, :, 1], precision="highest")
-    return out.reshape(q.shape).astype(q.dtype)
+    out = jnp.einsum("TKGS,TSKH->TKGH", weights, kv[row, :, :, -1, :value_dim], precision="highest")
+    return out.reshape(num_tokens, num_heads, -1).astype(q.dtype)

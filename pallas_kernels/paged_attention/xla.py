@@ -31,21 +31,24 @@ class Softmax(NamedTuple):
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv_pages: Float[Array, "pages page_size 2*K H"],
+    kv_pages: Float[Array, "pages page_size rows H"],
     page_tables: Int[Array, "B max_pages"],
     query_start: Int[Array, " B+1"],
     kv_lens: Int[Array, " B"],
     num_single_rows: Int[Array, ""],
     sinks: Float[Array, " N"] | None = None,
+    alibi: Float[Array, " N"] | None = None,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> Float[Array, "T N H"]:
+    chunk: int | None = None,
+    value_dim: int | None = None,
+) -> Float[Array, "T N V"]:
     """See api.paged_attention."""
     num_tokens, num_rows = q.shape[0], page_tables.shape[0]
     page_tables = _pad_to_blocks(page_tables, kv_pages.shape[1])
-    attend = _Attend(kv_pages, sinks, scale, window, softcap)
+    attend = _Attend(kv_pages, sinks, alibi, scale, window, softcap, chunk, value_dim)
 
     # 1) Rows with one token, all at once.
     single = jnp.arange(num_rows) < num_single_rows
@@ -53,7 +56,7 @@ def paged_attention(
     if num_tokens == num_rows:  # a decode step has no other rows
         return attend.single_tokens(q, page_tables, jnp.where(single, kv_lens, 0))
     rows = attend.single_tokens(q.at[token].get(mode="fill", fill_value=0), page_tables, jnp.where(single, kv_lens, 0))
-    out = jnp.zeros((num_tokens + QUERY_BLOCK, *q.shape[1:]), q.dtype).at[token].set(rows, mode="drop")
+    out = jnp.zeros((num_tokens + QUERY_BLOCK, *rows.shape[1:]), q.dtype).at[token].set(rows, mode="drop")
 
     # 2) The other rows, a query block at a time. A block may run past its row's end: what it writes there belongs to the
     #    rows behind it, which come later and overwrite it.
@@ -66,7 +69,7 @@ def paged_attention(
         def query_block(i: Array, out: Array) -> Array:
             at = start + i * QUERY_BLOCK
             block = lax.dynamic_slice_in_dim(padded_q, at, QUERY_BLOCK)
-            result = attend.chunk(block, page_tables[row], first_position + i * QUERY_BLOCK, kv_len)
+            result = attend.chunk_of_row(block, page_tables[row], first_position + i * QUERY_BLOCK, kv_len)
             updated: Array = lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
             return updated
 
@@ -82,63 +85,97 @@ class _Attend(NamedTuple):
 
     kv_pages: Array
     sinks: Array | None
+    alibi: Array | None
     scale: float
     window: int | None
     softcap: float | None
+    chunk: int | None
+    value_dim: int | None
 
     @property
     def num_kv_heads(self) -> int:
-        return int(self.kv_pages.shape[2]) // 2
+        rows = int(self.kv_pages.shape[2])
+        return rows // 2 if self.value_dim is None else rows
 
-    def single_tokens(self, q: Float[Array, "B N H"], tables: Array, kv_lens: Int[Array, " B"]) -> Float[Array, "B N H"]:
+    def single_tokens(self, q: Float[Array, "B N H"], tables: Array, kv_lens: Int[Array, " B"]) -> Float[Array, "B N V"]:
         """One query token a row, the last of its kv_lens tokens."""
-        batch, _, head_dim = q.shape
+        batch, num_heads, head_dim = q.shape
         grouped = q.reshape(batch, self.num_kv_heads, -1, head_dim)
-        first = 0 if self.window is None else _min_where(kv_lens - self.window, kv_lens > 0) // KEY_BLOCK
+        first: jax.typing.ArrayLike = 0
+        if self.window is not None:
+            first = _min_where(kv_lens - self.window, kv_lens > 0) // KEY_BLOCK
+        elif self.chunk is not None:
+            first = _min_where((kv_lens - 1) // self.chunk * self.chunk, kv_lens > 0) // KEY_BLOCK
+        position = (kv_lens - 1)[:, None]
 
         def key_block(j: Array, state: Softmax) -> Softmax:
-            kv, key_position = self._load(tables, j, q.dtype)
-            logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, kv[..., 0, :], preferred_element_type=jnp.float32)
-            seen = self._seen(key_position, (kv_lens - 1)[:, None], kv_lens[:, None])[:, None, None]
-            return self._update(state, logits, seen, kv[..., 1, :], "BKGS,BSKH->BKGH")
+            k, v, key_position = self._load(tables, j, q.dtype)
+            logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, k, preferred_element_type=jnp.float32)
+            seen = self._seen(key_position, position, kv_lens[:, None])[:, None, None]
+            bias = self._bias(key_position, position[:, None, None], query_axis=False)
+            return self._update(state, logits, bias, seen, v, "BKGS,BSKV->BKGV")
 
-        state = lax.fori_loop(first, _cdiv(jnp.max(kv_lens), KEY_BLOCK), key_block, _empty(grouped.shape))
-        return self._finish(state).reshape(q.shape).astype(q.dtype)
+        last = _cdiv(jnp.max(kv_lens), KEY_BLOCK)
+        state = lax.fori_loop(first, last, key_block, _empty((*grouped.shape[:-1], self.value_dim or head_dim)))
+        return self._finish(state).reshape(batch, num_heads, -1).astype(q.dtype)
 
-    def chunk(self, q: Float[Array, "Q N H"], table: Array, position: Array, kv_len: Array) -> Float[Array, "Q N H"]:
+    def chunk_of_row(self, q: Float[Array, "Q N H"], table: Array, position: Array, kv_len: Array) -> Float[Array, "Q N V"]:
         """A block of one row's query tokens, the first at `position`."""
-        num_queries, _, head_dim = q.shape
+        num_queries, num_heads, head_dim = q.shape
         grouped = q.reshape(num_queries, self.num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-        positions = position + jnp.arange(num_queries)
-        first = 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // KEY_BLOCK
+        positions = (position + jnp.arange(num_queries))[:, None]
+        first: jax.typing.ArrayLike = 0
+        if self.window is not None:
+            first = jnp.maximum(position - self.window + 1, 0) // KEY_BLOCK
+        elif self.chunk is not None:
+            first = position // self.chunk * self.chunk // KEY_BLOCK
 
         def key_block(j: Array, state: Softmax) -> Softmax:
-            kv, key_position = self._load(table[None], j, q.dtype)
-            logits = jnp.einsum("KGQH,SKH->KGQS", grouped, kv[0, :, :, 0], preferred_element_type=jnp.float32)
-            seen = self._seen(key_position, positions[:, None], kv_len)
-            return self._update(state, logits, seen, kv[0, :, :, 1], "KGQS,SKH->KGQH")
+            k, v, key_position = self._load(table[None], j, q.dtype)
+            logits = jnp.einsum("KGQH,SKH->KGQS", grouped, k[0], preferred_element_type=jnp.float32)
+            seen = self._seen(key_position, positions, kv_len)
+            bias = self._bias(key_position, positions, query_axis=True)
+            return self._update(state, logits, bias, seen, v[0], "KGQS,SKV->KGQV")
 
         last = _cdiv(jnp.minimum(position + num_queries, kv_len), KEY_BLOCK)
-        state = lax.fori_loop(first, last, key_block, _empty(grouped.shape))
-        return self._finish(state, query_axis=True).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+        state = lax.fori_loop(first, last, key_block, _empty((*grouped.shape[:-1], self.value_dim or head_dim)))
+        return self._finish(state, query_axis=True).transpose(2, 0, 1, 3).reshape(num_queries, num_heads, -1).astype(q.dtype)
 
     def _load(
         self, tables: Int[Array, "B max_pages"], j: Array, dtype: DTypeLike
-    ) -> tuple[Float[Array, "B S K 2 H"], Int[Array, " S"]]:
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"], Int[Array, " S"]]:
         """The j-th block of keys and values of each row, and their positions."""
         pages = KEY_BLOCK // self.kv_pages.shape[1]
         ids = lax.dynamic_slice_in_dim(tables, j * pages, pages, axis=1)
-        kv = self.kv_pages[ids].reshape(tables.shape[0], KEY_BLOCK, self.num_kv_heads, 2, -1)
-        return kv.astype(dtype), j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+        rows = self.kv_pages[ids].reshape(tables.shape[0], KEY_BLOCK, *self.kv_pages.shape[2:]).astype(dtype)
+        key_position = j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+        if self.value_dim is not None:
+            return rows, rows[..., : self.value_dim], key_position
+        kv = rows.reshape(tables.shape[0], KEY_BLOCK, self.num_kv_heads, 2, -1)
+        return kv[..., 0, :], kv[..., 1, :], key_position
 
     def _seen(self, key_position: Array, position: Array, kv_len: Array) -> Array:
         seen = (key_position <= position) & (key_position < kv_len)
+        if self.chunk is not None:
+            seen &= key_position >= position // self.chunk * self.chunk
         return seen if self.window is None else seen & (key_position > position - self.window)
 
-    def _update(self, state: Softmax, logits: Array, seen: Array, v: Array, contract: str) -> Softmax:
+    def _bias(self, key_position: Int[Array, " S"], position: Array, query_axis: bool) -> Array | None:
+        """ALiBi. Slopes in bfloat16 are Falcon's: products with the key's position rounded to it, then scaled as scores are."""
+        if self.alibi is None:
+            return None
+        slopes = self.alibi.reshape(self.num_kv_heads, -1, *((1, 1) if query_axis else (1,)))
+        if slopes.dtype == jnp.bfloat16:
+            product = slopes.astype(jnp.float32) * key_position.astype(jnp.bfloat16).astype(jnp.float32)
+            return lax.reduce_precision(product, exponent_bits=8, mantissa_bits=7) * self.scale
+        return slopes * (key_position - position)
+
+    def _update(self, state: Softmax, logits: Array, bias: Array | None, seen: Array, v: Array, contract: str) -> Softmax:
         logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if bias is not None:
+            logits += bias
         logits = jnp.where(seen, logits, -jnp.inf)
         top = jnp.maximum(state.top, jnp.max(logits, axis=-1))
         decay = jnp.exp(state.top - top)

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import dense_cases
+import moe_cases
 from cases import FOLDER, draw
 
 SEED = 0
@@ -77,6 +79,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+ATTENTION = {"falcon_alibi": "sdpa"}  # transformers' eager attention adds ALiBi twice in Falcon
+
+CASES |= dense_cases.CASES | moe_cases.CASES
+
 # Models without attention take none of BASE's fields.
 PLAIN = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -93,12 +99,16 @@ def make(case: str) -> float:
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, fields = RECURRENT_CASES.get(case) or (CASES[case][0], BASE | CASES[case][1])
+    model_type, fields = RECURRENT_CASES.get(case) or CASES[case]
     out = FOLDER / case
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rng = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as scratch:
+        if case not in RECURRENT_CASES:
+            kind = type(AutoConfig.for_model(model_type))  # GPT-2 and others have other names for some of BASE's fields
+            known = kind.__dataclass_fields__.keys() - kind.attribute_map
+            fields = {name: value for name, value in BASE.items() if name in known} | fields
         config = AutoConfig.for_model(model_type, **fields)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
         file = Path(scratch) / "model.safetensors"
@@ -108,7 +118,7 @@ def make(case: str) -> float:
         tensors = {n: np.asarray(v, np.float32) for n, v in tensors.items()}
         save_file(tensors, file, metadata={"format": "pt"})
         model, info = AutoModelForCausalLM.from_pretrained(
-            scratch, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            scratch, attn_implementation=ATTENTION.get(case, "eager"), dtype=torch.float32, output_loading_info=True
         )
         shutil.copy(Path(scratch) / "config.json", out / "config.json")
     assert not info["missing_keys"] and not info["unexpected_keys"], info

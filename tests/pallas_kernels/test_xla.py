@@ -10,9 +10,14 @@ import pytest
 from jaxserve.pallas_kernels.paged_attention import kv_pages_shape, reference, write_kv, xla
 from tests.pallas_kernels.paged_cases import Shape, paged_case
 
+OPTIONS: list[dict] = [{}, {"window": 20}, {"softcap": 5.0}, {"sinks": True}, {"window": 150, "softcap": 3.0}]
+RARE: list[dict] = [
+    *({"chunk": 40}, {"chunk": 130, "alibi": "float32"}, {"alibi": "bfloat16"}),
+    *({"value_dim": 24}, {"value_dim": 32, "alibi": "float32"}),
+]
 
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 5.0}, {"sinks": True}, {"window": 150, "softcap": 3.0}])
+
+@pytest.mark.parametrize("page_size, options", [(n, o) for n in (16, 64) for o in OPTIONS] + [(16, o) for o in RARE])
 @pytest.mark.parametrize(
     "query_lens, prefixes",
     [([1, 1, 1], [0, 5, 300]), ([70, 3], [0, 129]), ([1, 1, 2, 65, 40], [17, 200, 1, 100, 0]), ([1], [0]), ([130], [63])],
@@ -21,6 +26,8 @@ def test_matches_reference(page_size: int, options: dict, query_lens: list[int],
     options = dict(options)
     shape = Shape(page_size=page_size, max_pages=400 // page_size + 1)
     case = paged_case(1, shape, query_lens, prefixes, tokens=192, sinks=options.pop("sinks", False))
+    if dtype := options.pop("alibi", None):
+        case["alibi"] = jnp.asarray([0.5, 0.25, 0.0625, 0.01], dtype)
     want = reference.paged_attention(**case, scale=0.2, **options)
     got = jax.jit(lambda case: xla.paged_attention(**case, scale=0.2, **options))(case)
     used = sum(query_lens)

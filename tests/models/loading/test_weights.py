@@ -11,27 +11,69 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.families.assembly import Assembly, FusedQkv, Index, Projection, Same, Stack, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Halves, Index, Projection, Same, Stack, Target, transpose
+from jaxserve.models.families.moe_assembly import ExpertDown, ExpertUp, FusedDown, FusedUp, StackedRows
+from jaxserve.models.families.qkv_assembly import HeadNorm, LatentUp, Qkv
 from jaxserve.models.loading import describe_model, load_weights, open_source
-from jaxserve.models.spec import AttentionSpec, LayerSpec, MlpSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec, MlaSpec, MlpSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
 from tests.goldens import cases
 from tests.models.forward import one_device
 
 D, F, N, K, H = 12, 8, 8, 2, 4
+E, R, NOPE, V = 3, 6, 5, 7
 
 
-def layer(kv_repeat: int = 1) -> LayerSpec:
-    mixer = AttentionSpec(num_heads=N, num_kv_heads=K, head_dim=H, scale=1.0, rope=None, kv_repeat=kv_repeat)
+def layer(kv_repeat: int = 1, kv_heads: int = K) -> LayerSpec:
+    mixer = AttentionSpec(num_heads=N, num_kv_heads=kv_heads, head_dim=H, scale=1.0, rope=None, kv_repeat=kv_repeat)
     return LayerSpec(mixer=mixer, mlp=MlpSpec(dim=F, activation="silu"))
 
 
+def moe_layer() -> LayerSpec:
+    expert = MlpSpec(dim=F, activation="silu")
+    return LayerSpec(mixer=None, mlp=MoeSpec(num_experts=E, top_k=1, expert=expert, router=RouterSpec()))
+
+
+def mla_layer() -> LayerSpec:
+    sizes = {"num_heads": N, "q_rank": None, "kv_rank": R, "nope_dim": NOPE, "rope_dim": 2, "v_dim": V}
+    rope = RopeSpec(theta=1e4, rotary_dim=2)
+    return LayerSpec(mixer=MlaSpec(**sizes, scale=1.0, rope=rope, latent_norm=NormSpec(eps=1e-6)), mlp=None)
+
+
+def expert_targets() -> Iterator[tuple[Assembly, Target]]:
+    """Every form of experts that a checkpoint may have."""
+    up, down = Target("mlp.experts_up", (E, D, 2, F), moe_layer()), Target("mlp.experts_down", (E, F, D), moe_layer())
+    bias = Target("mlp.experts_up_bias", (E, 2, F), moe_layer())
+    yield ExpertUp(("gate.{e}", "up.{e}")), up
+    yield ExpertDown("down.{e}"), down
+    for layout in ("linear", "halves", "interleaved"):
+        yield FusedUp("up", layout), up
+        yield FusedUp("up", layout), bias
+    yield FusedDown("down", True), down
+    yield FusedDown("down", False), down
+    yield StackedRows(("gate", "up")), up
+    yield StackedRows(("down",)), down
+
+
 def targets() -> Iterator[tuple[Assembly, Target]]:
-    qkv = FusedQkv(("q", "k", "v"))
+    qkv = Qkv(("q", "k", "v"))
     yield Same("w"), Target("norm", (D,), None)
     yield Projection("w"), Target("mlp.down", (F, D), layer())
     yield Projection("w"), Target("mixer.out", (N, H, D), layer())
     yield Stack(("gate", "up")), Target("mlp.up", (D, 2, F), layer())
     yield Stack(("gate", "up")), Target("mlp.up_bias", (2, F), layer())
+    yield Stack(("up",), is_transposed=True), Target("mlp.up", (D, 1, F), layer())
+    yield Halves("gate_up"), Target("mlp.up", (D, 2, F), layer())
+    yield Halves("up_gate", is_swapped=True), Target("mlp.up", (D, 2, F), layer())
+    yield Projection("w", num_inputs=1), Target("mixer.gate", (D, N, H), layer())
+    yield Projection("w", is_transposed=True), Target("mixer.out", (N, H, D), layer())
+    yield LatentUp("w", "keys"), Target("mixer.k_up", (N, NOPE, R), mla_layer())
+    yield LatentUp("w", "values"), Target("mixer.v_up", (N, R, V), mla_layer())
+    yield from expert_targets()
+    for layout in ("concatenated", "grouped", "codegen"):
+        for transposed in (False, True):
+            yield Qkv(("qkv",), layout, transposed), Target("mixer.qkv", (D, N, 3, H), layer(kv_heads=N))
+    for form in ("heads", "flat", "apart"):
+        yield HeadNorm("norm.{h}", form), Target("mixer.k_norm.weight", (K * 2, H), layer(2))
     for repeat in (1, 2, 4):
         group = N // K // repeat + 2
         yield qkv, Target("mixer.qkv", (D, K * repeat, group, H), layer(repeat))
@@ -58,7 +100,7 @@ def test_repeated_heads_stand_side_by_side() -> None:
         group = N // K // repeat
         target = Target("mixer.qkv_bias", (K * repeat, group + 2, H), layer(repeat))
         tensors = [x.__getitem__ for x in (q, k, v)]
-        qkv = FusedQkv(("q", "k", "v")).read(tensors, target, tuple(slice(0, size) for size in target.shape))
+        qkv = Qkv(("q", "k", "v")).read(tensors, target, tuple(slice(0, size) for size in target.shape))
         for row in qkv[..., 0]:
             assert set(row[:-2] // (N // K)) == {row[-1]} == {row[-2]}
         assert qkv[:, :-2, 0].reshape(-1).tolist() == list(range(N))
@@ -72,7 +114,7 @@ def test_a_device_reads_only_its_part() -> None:
         return np.empty((64, D))[index]
 
     half = (slice(0, D), slice(0, 1), slice(0, N // K + 2), slice(0, H))
-    FusedQkv(("q", "k", "v")).read([tensor] * 3, Target("mixer.qkv", (D, K, N // K + 2, H), layer()), half)
+    Qkv(("q", "k", "v")).read([tensor] * 3, Target("mixer.qkv", (D, K, N // K + 2, H), layer()), half)
     assert read == [(N // 2 * H, D), (K // 2 * H, D), (K // 2 * H, D)]
 
 

@@ -1,0 +1,145 @@
+"""How the experts of a checkpoint, apart or fused in one of many ways, make up one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, transpose
+
+
+@dataclass(frozen=True)
+class ExpertUp(Assembly):
+    """Each expert's gate and up [F, D] as [E, D, 2, F], from a tensor each; up alone where experts are not gated.
+
+    Attributes:
+        parts: patterns of gate and up.
+    """
+
+    parts: tuple[str, ...]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.parts
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        experts, d_model, parts, dim = target.shape
+        return ((dim, d_model),) * (experts * parts)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        experts, inputs, parts, outputs = index
+        num = target.shape[0]
+        out = [
+            np.stack([transpose(tensors[part * num + e]((outputs, inputs))) for part in range(parts.start, parts.stop)], axis=1)
+            for e in range(experts.start, experts.stop)
+        ]
+        return np.stack(out)
+
+
+@dataclass(frozen=True)
+class ExpertDown(Assembly):
+    """Each expert's down [D, F] as [E, F, D], from a tensor each."""
+
+    name: str
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        experts, dim, d_model = target.shape
+        return ((d_model, dim),) * experts
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        experts, inputs, outputs = index
+        return np.stack([transpose(tensors[e]((outputs, inputs))) for e in range(experts.start, experts.stop)])
+
+
+@dataclass(frozen=True)
+class FusedUp(Assembly):
+    """All experts' gates and ups in one tensor as [E, D, 2, F], or their biases [E, 2 F] as [E, 2, F].
+
+    Attributes:
+        layout: [E, 2 F, D] as torch's Linear has it; [E, D, 2 F] with the gates first; [E, D, 2 F] with gate and up in turn.
+    """
+
+    name: str
+    layout: Literal["linear", "halves", "interleaved"] = "linear"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        experts, *inputs, parts, dim = target.shape
+        if self.layout == "linear":
+            return ((experts, parts * dim, *inputs),)
+        return ((experts, *inputs, parts * dim),)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        experts, *inputs, parts, outputs = index
+        num_parts, dim = target.shape[-2:]
+        if self.layout == "interleaved":
+            both = tensors[0]((experts, *inputs, slice(outputs.start * num_parts, outputs.stop * num_parts)))
+            return both.reshape(*both.shape[:-1], -1, num_parts).swapaxes(-1, -2)[..., parts, :]
+        read = []
+        for part in range(parts.start, parts.stop):
+            columns = slice(part * dim + outputs.start, part * dim + outputs.stop)
+            if self.layout == "halves":
+                read.append(tensors[0]((experts, *inputs, columns)))
+            else:
+                read.append(tensors[0]((experts, columns, *inputs)))
+        stacked = np.stack(read, axis=-2 if self.layout == "halves" else 1)
+        return stacked if self.layout == "halves" or not inputs else np.moveaxis(stacked, -1, 1)
+
+
+@dataclass(frozen=True)
+class FusedDown(Assembly):
+    """All experts' downs in one tensor as [E, F, D]: stored so, or as [E, D, F] as torch's Linear has it."""
+
+    name: str
+    is_linear: bool = True
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        experts, dim, d_model = target.shape
+        return ((experts, d_model, dim) if self.is_linear else (experts, dim, d_model),)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        experts, inputs, outputs = index
+        if self.is_linear:
+            return tensors[0]((experts, outputs, inputs)).swapaxes(1, 2)
+        return tensors[0](index)
+
+
+@dataclass(frozen=True)
+class StackedRows(Assembly):
+    """Experts one above the other in [E * F, D] tensors (DBRX): gate and up as [E, D, 2, F], or down as [E, F, D]."""
+
+    parts: tuple[str, ...]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.parts
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        experts, d_model, dim = target.shape[0], target.shape[1], target.shape[-1]
+        return ((experts * (dim if len(self.parts) > 1 else d_model), d_model if len(self.parts) > 1 else dim),) * len(self.parts)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        if len(self.parts) == 1:
+            experts, inputs, outputs = index
+            rows = tensors[0]((slice(experts.start * target.shape[1], experts.stop * target.shape[1]), outputs))
+            return rows.reshape(-1, target.shape[1], rows.shape[-1])[:, inputs]
+        experts, inputs, parts, outputs = index
+        dim = target.shape[-1]
+        rows_of = slice(experts.start * dim, experts.stop * dim)
+        read = [tensors[part]((rows_of, inputs)) for part in range(parts.start, parts.stop)]
+        split = [rows.reshape(-1, dim, rows.shape[-1])[:, outputs].swapaxes(1, 2) for rows in read]
+        return np.stack(split, axis=2)

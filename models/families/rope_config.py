@@ -1,0 +1,118 @@
+"""A config's rope_parameters as a RopeSpec. What cannot be done is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.families.architecture import HfConfig
+from jaxserve.models.families.from_config import head_dim
+from jaxserve.models.spec import FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
+
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "dynamic": ("original_max_position_embeddings",),
+    "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    "longrope": ("factor", "attention_factor"),
+}
+
+
+def rope(
+    config: HfConfig,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    dim: int | None = None,
+    is_partial: bool = False,
+    interleaved: bool = False,
+    read_elsewhere: tuple[str, ...] = (),
+) -> RopeSpec:
+    """The rope of a config.
+
+    Args:
+        parameters: a rope_parameters dict of transformers 5 (AutoConfig turns older forms into it); the config's own if not
+            given.
+        dim: of the heads; the config's head_dim if not given.
+        is_partial: this model's code heeds partial_rotary_factor.
+        interleaved: as in RopeSpec.
+        read_elsewhere: fields that the family itself reads.
+    """
+    parameters = config.rope_parameters if parameters is None else parameters
+    fields = {name: value for name, value in parameters.items() if value is not None and name not in read_elsewhere}
+    kind = fields.pop("rope_type", "default")
+    if fields.pop("type", kind) != kind or kind not in _NEEDED:
+        raise ModelLoadError(f"rope type {parameters} is not supported; jaxserve can do {', '.join(_NEEDED)}")
+    theta, part = fields.pop("rope_theta", None), fields.pop("partial_rotary_factor", 1.0)
+    if part != 1.0 and not is_partial:
+        raise ModelLoadError(f"rope over part of each head is not supported for this model; got {parameters}")
+    needed, unknown = _NEEDED[kind], set(fields) - {*_NEEDED[kind], *_OPTIONAL.get(kind, ())}
+    if theta is None or unknown or not set(needed) <= set(fields):
+        raise ModelLoadError(f"rope type {kind!r} takes {', '.join(('rope_theta', *needed))}; got {parameters}")
+    rotary_dim = int((dim or head_dim(config)) * part)
+    scaling = _scaling(config, kind, fields, rotary_dim)
+    return RopeSpec(theta=float(theta), rotary_dim=rotary_dim, scaling=scaling, interleaved=interleaved)
+
+
+def max_position(config: HfConfig) -> int:
+    """Longest context: with LongRoPE the one that its short factors are for, as the long ones would change every key."""
+    parameters = config.rope_parameters
+    if parameters.get("rope_type") == "longrope":
+        return min(int(config.max_position_embeddings), int(parameters["original_max_position_embeddings"]))
+    return int(config.max_position_embeddings)
+
+
+def _scaling(config: HfConfig, kind: str, fields: Mapping[str, Any], rotary_dim: int) -> RopeScaling | None:
+    if kind == "linear":
+        return LinearScaling(factor=float(fields["factor"]))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=float(fields["factor"]),
+            low_freq_factor=float(fields["low_freq_factor"]),
+            high_freq_factor=float(fields["high_freq_factor"]),
+            original_max_position=int(fields["original_max_position_embeddings"]),
+        )
+    if kind == "yarn":
+        return _yarn(config, fields)
+    if kind == "longrope":
+        return _longrope(config, fields, rotary_dim)
+    return None  # dynamic NTK scales only what lies past max_position_embeddings
+
+
+def _yarn(config: HfConfig, fields: Mapping[str, Any]) -> YarnScaling:
+    original = fields["original_max_position_embeddings"]
+    factor = float(fields.get("factor") or config.max_position_embeddings / original)
+    attention, top, all_dim = (fields.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is None:
+        attention = yarn_mscale(factor, top) / yarn_mscale(factor, all_dim) if top and all_dim else yarn_mscale(factor)
+    return YarnScaling(
+        factor=factor,
+        original_max_position=int(original),
+        beta_fast=float(fields.get("beta_fast") or 32),
+        beta_slow=float(fields.get("beta_slow") or 1),
+        attention_factor=float(attention),
+        truncate=bool(config.rope_parameters.get("truncate", True)),
+    )
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much attention is sharpened for a context longer by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(config: HfConfig, fields: Mapping[str, Any], rotary_dim: int) -> FactorScaling:
+    factors, original = fields["short_factor"], fields["original_max_position_embeddings"]
+    if len(factors) != rotary_dim // 2:
+        raise ModelLoadError(f"rope's short_factor must have {rotary_dim // 2} numbers; got {len(factors)}")
+    factor = fields.get("factor") or config.max_position_embeddings / original
+    attention = fields.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return FactorScaling(factors=tuple(map(float, factors)), attention_factor=float(attention))

@@ -1,0 +1,145 @@
+"""A mixture of experts: each token goes through the few experts that its router chooses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.models.layers.linear import linear, parameter, value
+from jaxserve.models.layers.mlp import Mlp, activate
+from jaxserve.models.layers.router import route
+from jaxserve.models.spec import MoeSpec
+
+
+class Moe(nnx.Module):
+    """Sum of the chosen experts' outputs by their weights, plus the shared expert's.
+
+    Attributes:
+        router: [D, E].
+        choice_bias: [E], in float32: it decides between close scores.
+        experts_up: [E, D, 2, F] ([E, D, 1, F] if the experts are not gated); experts_down: [E, F, D].
+        shared_gate: [D, 1].
+    """
+
+    def __init__(self, d_model: int, spec: MoeSpec, dtype: DTypeLike) -> None:
+        experts, expert = spec.num_experts, spec.expert
+        parts, by_expert = 2 if expert.gated else 1, ("experts", None, None, None)
+        self.spec = spec
+        self.router = parameter((d_model, experts), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
+        self.router_bias = parameter((experts,), (None,), dtype) if spec.router.bias else None
+        self.choice_bias = parameter((experts,), (None,), jnp.float32) if spec.router.choice_bias else None
+        self.experts_up = parameter((experts, d_model, parts, expert.dim), by_expert, dtype, std=d_model**-0.5)
+        self.experts_up_bias = parameter((experts, parts, expert.dim), by_expert[:3], dtype) if expert.bias else None
+        self.experts_down = parameter((experts, expert.dim, d_model), by_expert[:3], dtype, std=expert.dim**-0.5)
+        self.experts_down_bias = parameter((experts, d_model), by_expert[:2], dtype) if expert.bias else None
+        self.shared = Mlp(d_model, spec.shared, dtype) if spec.shared is not None else None
+        is_gated = spec.shared_gate
+        self.shared_gate = parameter((d_model, 1), ("embed", None), dtype, std=d_model**-0.5) if is_gated else None
+
+    def __call__(self, x: Float[Array, "T D"], batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
+        spec = self.spec
+        logits = linear(x, self.router.get_value(), out_dtype=jnp.float32)
+        if self.router_bias is not None:
+            logits += self.router_bias.get_value().astype(jnp.float32)
+        weights, experts = route(logits, spec.router, spec.top_k, value(self.choice_bias))
+        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
+        experts = jnp.where(in_use[:, None], experts, spec.num_experts)  # padding wakes no expert
+        arrays = (
+            self.experts_up.get_value(),
+            value(self.experts_up_bias),
+            self.experts_down.get_value(),
+            value(self.experts_down_bias),
+        )
+        sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else self._sorted_by_expert
+        out = runtime.over_experts(sum_experts, (x, weights.astype(x.dtype), experts), arrays)
+        if self.shared is not None:
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared *= jax.nn.sigmoid(linear(x, self.shared_gate.get_value()))
+            out += shared
+        return out
+
+    def _every_expert(
+        self,
+        x: Float[Array, "T D"],
+        weights: Float[Array, "T k"],
+        experts: Array,
+        first: Array,
+        up: Float[Array, "E D parts F"],
+        up_bias: Float[Array, "E parts F"] | None,
+        down: Float[Array, "E F D"],
+        down_bias: Float[Array, "E D"] | None,
+    ) -> Float[Array, "T D"]:
+        """As _sorted_by_expert, with every token through every expert, those not chosen weighing 0."""
+        num, num_tokens = up.shape[0], x.shape[0]
+        chosen = experts[..., None] - first == jnp.arange(num)  # [T, k, E]
+        weight_of = jnp.sum(jnp.where(chosen, weights[..., None], 0), axis=1)
+        rows = jnp.broadcast_to(x, (num, *x.shape))
+        if self.spec.weight_on_input:
+            rows = rows * weight_of.T[..., None]
+        hidden = _by_expert("ETD,EDM->ETM", rows, up.reshape(num, up.shape[1], -1))
+        if up_bias is not None:
+            hidden += up_bias.reshape(num, 1, -1)
+        hidden = activate(self.spec.expert, hidden.reshape(num * num_tokens, *up.shape[2:])).reshape(num, num_tokens, -1)
+        if not self.spec.weight_on_input:
+            hidden *= weight_of.T[..., None]
+        out = _by_expert("ETF,EFD->TD", hidden, down)
+        return out if down_bias is None else out + weight_of @ down_bias
+
+    def _sorted_by_expert(
+        self,
+        x: Float[Array, "T D"],
+        weights: Float[Array, "T k"],
+        experts: Array,
+        first: Array,
+        up: Float[Array, "E D parts F"],
+        up_bias: Float[Array, "E parts F"] | None,
+        down: Float[Array, "E F D"],
+        down_bias: Float[Array, "E D"] | None,
+    ) -> Float[Array, "T D"]:
+        """The part of the sum that experts `first` to first + E give. Tokens are sorted by expert, so each is read once."""
+        num, (num_tokens, top_k) = up.shape[0], experts.shape
+        expert = experts.reshape(-1) - first
+        expert = jnp.where((expert >= 0) & (expert < num), expert, num)  # the last ones are of other devices, or of nobody
+        order = jnp.argsort(expert)
+        expert, token, weight_of = expert[order], order // top_k, weights.reshape(-1)[order][:, None]
+        sizes = jnp.sum(expert[:, None] == jnp.arange(num), axis=0, dtype=jnp.int32)
+        rows = x[token]
+        if self.spec.weight_on_input:
+            rows *= weight_of
+        hidden = _grouped(rows, up.reshape(num, up.shape[1], -1), sizes)
+        if up_bias is not None:
+            hidden += up_bias.reshape(num, -1).at[expert].get(mode="clip")
+        hidden = activate(self.spec.expert, hidden.reshape(hidden.shape[0], *up.shape[2:]))
+        out = _grouped(hidden, down, sizes)
+        if down_bias is not None:
+            out += down_bias.at[expert].get(mode="clip")
+        if not self.spec.weight_on_input:
+            out *= weight_of
+        out = jnp.where((expert < num)[:, None], out, 0)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
+        return out[back].reshape(num_tokens, top_k, -1).sum(1)
+
+
+def _reads_all(num_tokens: int, spec: MoeSpec, runtime: Runtime) -> bool:
+    """Whether to put every token through every expert.
+
+    On a GPU a step of some hundred tokens takes as long as reading the weights takes, however much is computed beside it, and
+    few experts are left out once tokens have chosen twice as many as there are. One plain product is then the fastest.
+    """
+    return runtime.platform == "gpu" and num_tokens <= 256 and num_tokens * spec.top_k >= 2 * spec.num_experts
+
+
+def _by_expert(contract: str, x: Array, w: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(contract, x, w, precision=precision, preferred_element_type=x.dtype)
+
+
+def _grouped(x: Float[Array, "rows K"], w: Float[Array, "E K M"], sizes: Array) -> Float[Array, "rows M"]:
+    """Rows, sorted by expert, times their expert's matrix; rows past all experts' are unspecified."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(x, w, sizes, precision=precision, preferred_element_type=x.dtype)
