@@ -16,7 +16,7 @@ CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 .PHONY: help serve chat test test-clients soak check docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: $(READY) ## serve MODEL (smollm2) at http://localhost:8000, with a chat page; ARGS='--port 9000' are passed on
 	$(BIN)/jaxserve serve $(MODEL) $(ARGS)
@@ -33,6 +33,14 @@ check: $(READY) ## what must pass before a commit: format, lint, types, quick te
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
+test-clients: $(READY) ## litellm, LangChain, lm-eval and FastChat, each in a venv of its own, against SmolLM2
+	for name in clients lmeval fastchat; do \
+		test -x .venv-$$name/bin/python || $(BIN)/python -m venv .venv-$$name || exit 1; \
+		PYTHONWARNINGS=ignore .venv-$$name/bin/python -m pip install --quiet --disable-pip-version-check \
+			--requirement tests/clients/requirements-$$name.txt || exit 1; \
+	done
+	$(BIN)/python -m pytest --override-ini 'python_files=check_*.py' $(or $(ARGS),tests/clients)
+
 soak: $(READY) ## 20,000 requests with aborts and broken connections; nothing may be left behind
 	$(BIN)/python -m tests.soak $(ARGS)
 
@@ -40,7 +48,7 @@ docs: $(READY) ## write docs/reference.md anew: every option, route and metric
 	$(BIN)/python -m tests.make_reference
 
 clean: ## remove .venv and everything else that was made
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-lmeval .venv-fastchat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

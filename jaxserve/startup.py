@@ -33,6 +33,7 @@ from jaxserve.models.loading import (
     resolve_dtype,
 )
 from jaxserve.models.loading.resolve import resolve_model
+from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages, state_bytes
@@ -121,6 +122,7 @@ class Build:
         return TraceCache(Path(folder) / "traces", repr(maker))
 
 
+@explained_out_of_memory()
 def build_engine(
     config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
 ) -> Engine | Replicas:
@@ -146,6 +148,7 @@ def build_engine(
     return engines[0] if len(engines) == 1 else Replicas(engines)
 
 
+@explained_out_of_memory()
 def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) -> list[ProgramReport]:
     """Compiles every program that build_engine would, into the compile cache, without reading a weight.
 

@@ -16,6 +16,7 @@ MAX_PROMPTS = 1024
 MAX_N = 128  # OpenAI's limit
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_WORDS = 64  # stop strings, stop ids, bad words
+MAX_WORD = 1024  # characters of one
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS = 32
@@ -92,6 +93,7 @@ def _is_token_ids(value: object) -> bool:
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
+Word = Annotated[Text, Field(max_length=MAX_WORD)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_parse_logit_bias, json_schema_input_type=dict[str, float])]
 Prompts = Annotated[
     list[str] | list[list[int]],
@@ -156,9 +158,9 @@ class SamplingFields(Fields):
     repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: list[int] | None = Field(None, max_length=MAX_ALLOWED_IDS)
-    bad_words: list[Text] | None = Field(None, max_length=MAX_WORDS)
+    bad_words: list[Word] | None = Field(None, max_length=MAX_WORDS)
     seed: int | None = None
-    stop: Annotated[list[Text], BeforeValidator(as_list), Field(max_length=MAX_WORDS)] | None = None
+    stop: Annotated[list[Word], BeforeValidator(as_list), Field(max_length=MAX_WORDS)] | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_WORDS)
     max_tokens: int | None = None
     min_tokens: int | None = None

@@ -27,6 +27,7 @@ _SAME_NAME = (
     "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids",
     "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
+SHORT = 1000  # characters that are encoded sooner than they are handed to another thread
 # In a request's state, where the check of its key has put them
 SALT = "cache_salt"
 OWNER = "owner"
@@ -49,7 +50,7 @@ class Serving:
         self.engine = engine
         self.model_name = model.served_model_name or model.model
         self.max_model_len = cast(int, model.max_model_len)  # the engine has resolved it
-        # One thread: a long prompt must not hold up the event loop, and not every tokenizer bears two callers.
+        # One thread: a long prompt must not hold up the event loop.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     def close(self) -> None:
@@ -97,7 +98,8 @@ class Serving:
     async def chat_prompt(self, body: ChatFields) -> list[int]:
         """The token ids of a chat's messages in the model's template."""
         tokenizer = self.tokenizer("messages")
-        self._check_size(tokenizer, sum(len(message.content) for message in body.messages), "messages")
+        num_characters = sum(len(message.content) for message in body.messages)
+        self._check_size(tokenizer, num_characters, "messages")
         kwargs = body.chat_template_kwargs or {}
         for name in kwargs:
             if name in _TEMPLATE_OWN or not _is_read_by(tokenizer.chat_template or "", name):
@@ -107,9 +109,11 @@ class Serving:
         options = dict(kwargs)
         if body.continue_final_message:
             options["continue_final_message"] = True
-        return await self._in_thread(
-            lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=body.begins_message, **options)
-        )
+
+        def encode() -> list[int]:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=body.begins_message, **options)
+
+        return encode() if num_characters <= SHORT else await self._in_thread(encode)
 
     async def prompts(self, body: CompletionRequest) -> list[list[int]]:
         """The token ids of each prompt."""
@@ -125,6 +129,8 @@ class Serving:
         """The token ids of a prompt."""
         tokenizer = self.tokenizer("prompt")
         self._check_size(tokenizer, len(text), "prompt")
+        if len(text) <= SHORT:
+            return tokenizer.encode(text, add_special_tokens)
         return await self._in_thread(tokenizer.encode, text, add_special_tokens)
 
     async def decode(self, token_ids: list[int]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from jaxserve import __version__
@@ -22,7 +22,8 @@ from jaxserve.server.wire import Json
 
 
 def ollama_router(serving: Serving) -> APIRouter:
-    router = APIRouter()
+    # Ollama's own server takes a body without a type, and some of its clients rely on that.
+    router = APIRouter(strict_content_type=False, dependencies=[Depends(_refuse_pages_without_type)])
     card = _card(serving)
 
     @router.post("/api/chat")
@@ -69,6 +70,12 @@ def ollama_router(serving: Serving) -> APIRouter:
         return Json({"version": __version__})
 
     return router
+
+
+async def _refuse_pages_without_type(request: Request) -> None:
+    """A web page elsewhere can send a body without a type, and nobody is asked first; but its browser says where it comes from."""
+    if "origin" in request.headers and "content-type" not in request.headers and request.method == "POST":
+        raise InvalidRequestError("send the header Content-Type: application/json")
 
 
 async def _answer(request: Request, batch: Batch, model: str, text_fields: TextFields, stream: bool) -> Response:

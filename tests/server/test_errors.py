@@ -51,6 +51,8 @@ def post(http: httpx.Client, body: dict[str, Any]) -> tuple[int, dict[str, Any]]
         (CHAT | {"priority": 1.5}, "priority", "valid integer"),
         (CHAT | {"stop": ["a"] * 65}, "stop", "at most 64"),
         (CHAT | {"stop": ""}, "stop", "non-empty"),
+        (CHAT | {"stop": ["a", "b" * 1025]}, "stop[1]", "at most 1024"),
+        (TEXT | {"bad_words": ["b" * 1025]}, "bad_words[0]", "at most 1024"),
         (CHAT | {"min_tokens": 9, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
         (CHAT | {"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),

@@ -82,3 +82,12 @@ def test_error_in_mid_stream(client: ollama.Client, engine: FakeEngine) -> None:
     with pytest.raises(ollama.ResponseError, match="the step failed twice"):
         list(client.chat(model=MODEL, messages=USER, stream=True))
     wait_for(lambda: not engine.running)
+
+
+def test_a_body_without_a_type(http: httpx.Client, engine: FakeEngine) -> None:
+    """From a program, as litellm sends it; not from a web page."""
+    body = b'{"model": "org/fake-model", "prompt": "hi", "stream": false}'
+    assert http.post("/api/generate", content=body).status_code == 200
+    assert http.post("/api/generate", content=body, headers={"Origin": "https://evil.example"}).status_code == 400
+    assert http.post("/api/generate", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
+    assert len(engine.submitted) == 1
