@@ -7,8 +7,11 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Sharding
 
+from jaxserve import sharding
 from jaxserve.buckets import Buckets, choose_buckets
+from jaxserve.engine import Engine
 from jaxserve.plan import PlanShape
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
@@ -46,24 +49,79 @@ def test_a_prefix_hit_or_fork_takes_a_program_that_holds_it() -> None:
 
 
 def test_nothing_compiles_after_ready(compiled_in_steps: list[str]) -> None:
-    """Every kind of request: greedy, sampled, penalised, logprobs, forks, a prefix hit, a preemption, an abort."""
+    """Whatever the requests ask for."""
     engine = tiny_engine(num_pages=20)
     assert len(engine.runner.programs) <= 20
+    run_every_kind(engine)
+    assert compiled_in_steps == []
+
+
+def run_every_kind(engine: Engine) -> None:
+    """All samplers, forks with copies, beams, prompt and output log probabilities, prefix hits, preemption, an abort."""
     final = OutputKind.FINAL_ONLY
-    for params in [
-        greedy(20),
-        SamplingParams(max_tokens=30, output_kind=final),
-        SamplingParams(top_p=0.5, top_k=3, max_tokens=30, output_kind=final),
-        SamplingParams(frequency_penalty=1.0, n=3, max_tokens=30, output_kind=final),
+    kinds = [
+        greedy(30),
+        SamplingParams(seed=1, max_tokens=30, output_kind=OutputKind.DELTA),
+        SamplingParams(seed=1, top_p=0.5, top_k=3, max_tokens=30, output_kind=final),
+        SamplingParams(seed=1, frequency_penalty=1.0, n=3, max_tokens=30, output_kind=final),
         greedy(20, logprobs=-1, prompt_logprobs=2),
-        greedy(40),
-    ]:
-        engine.add_request(list(range(1, 60)), params)
+        greedy(20, n=3, use_beam_search=True),
+    ]
+    for kind in kinds:
+        engine.add_request(list(range(1, 60)), kind)
     aborted = engine.add_request([5] * 30, greedy(30))
     engine.step()
     engine.abort(aborted)
     run(engine)
+
+
+def shardings_of(engine: Engine, seen: dict[int, Sharding], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collects the sharding objects of all that comes out of a step, and keeps them, so that no id is used twice."""
+    dispatch = engine.runner.dispatch
+
+    def watched(plan: StepPlan) -> InFlight:
+        step = dispatch(plan)
+        runner = engine.runner
+        arrays = jax.tree.leaves((runner._state, runner._last_tokens, runner._packed, runner._shaping, step.outputs))
+        seen.update((id(array.sharding), array.sharding) for array in arrays)
+        return step
+
+    monkeypatch.setattr(engine.runner, "dispatch", watched)
+
+
+def test_steps_run_compiled_programs_alone(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax forgets what it has compiled, so an eager operation, or any jit but the declared programs, would compile anew."""
+    engine = tiny_engine(num_pages=20, max_num_seqs=8)
+    run_every_kind(engine)
+    assert engine.scheduler.num_preemptions
+    jax.clear_caches()
+    shardings: dict[int, Sharding] = {}
+    shardings_of(engine, shardings, monkeypatch)
+    run_every_kind(engine)
+    known = set(shardings)
+    monkeypatch.setattr(sharding, "NamedSharding", lambda *_: pytest.fail("a step makes a sharding"))
+    run_every_kind(engine)
     assert compiled_in_steps == []
+    assert set(shardings) == known
+
+
+def test_an_eager_operation_in_a_step_is_seen(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    dispatch = engine.runner.dispatch
+
+    def dispatch_eagerly(plan: StepPlan) -> InFlight:
+        step = dispatch(plan)
+        engine.runner._last_tokens = engine.runner._last_tokens + 0
+        return step
+
+    monkeypatch.setattr(engine.runner, "dispatch", dispatch_eagerly)
+    for _ in range(2):  # the second time it would be in jax's caches
+        jax.clear_caches()
+        del compiled_in_steps[:]
+        engine.add_request([1], greedy(1))
+        run(engine)
+        assert any("add" in name for name in compiled_in_steps)
+    del compiled_in_steps[:]
 
 
 def test_a_compilation_in_a_step_is_seen(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def tiny_weights(spec: DecoderSpec) -> tuple[Any, tuple[jax.Array, ...]]:
     return apply, weights
 
 
+@cache
 def tiny_names(spec: DecoderSpec) -> list[str]:
     """Of the weights, in their order."""
     return [parameter.path for parameter in describe_decoder("tiny", spec, jnp.float32).parameters]
@@ -74,11 +75,12 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first three need programs of their own; the others are the host's own business."""
+    """The first four need programs of their own; the others are the host's own business."""
 
     page_size: int = 16
     window: int | None = None
     recurrent: bool = False
+    num_slots: int = NUM_SLOTS
     num_pages: int = NUM_PAGES
     max_num_seqs: int = 4
     max_num_batched_tokens: int = NUM_TOKENS
@@ -88,25 +90,27 @@ class TinyOptions:
 
 
 @cache
-def _programs(page_size: int, window: int | None, recurrent: bool) -> tuple[Buckets, ProgramInputs, Programs, Any]:
+def _programs(page_size: int, window: int | None, recurrent: bool, slots: int) -> tuple[Buckets, ProgramInputs, Programs, Any]:
     spec = tiny_spec(window, recurrent)
     apply, weights = tiny_weights(spec)
     mesh = make_mesh(1)
     shardings = Shardings(mesh)
     pages_per_slot = MAX_MODEL_LEN // page_size
-    buckets = choose_buckets("cpu", NUM_SLOTS, NUM_TOKENS, pages_per_slot, page_size)
+    buckets = choose_buckets("cpu", slots, max(NUM_TOKENS, 2 * slots), pages_per_slot, page_size)
     specs = abstract_decoder(spec, jnp.float32).cache_specs()
-    state = abstract_state(specs, NUM_PAGES, page_size, NUM_SLOTS, pages_per_slot, jnp.dtype("float32"), shardings)
+    state = abstract_state(
+        specs, NUM_PAGES * slots // NUM_SLOTS, page_size, slots, pages_per_slot, jnp.dtype("float32"), shardings
+    )
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
-    inputs = ProgramInputs(abstract, state, NUM_SLOTS, VOCAB, buckets, shardings, specs)
+    inputs = ProgramInputs(abstract, state, slots, VOCAB, buckets, shardings, specs)
     return buckets, inputs, compile_programs(inputs, apply, Runtime("cpu", mesh), threads=2), placed
 
 
 def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> Engine:
     """An engine; equal options share their compiled programs."""
     options = TinyOptions(**changes)
-    buckets, inputs, programs, weights = _programs(options.page_size, options.window, options.recurrent)
+    buckets, inputs, programs, weights = _programs(options.page_size, options.window, options.recurrent, options.num_slots)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
@@ -203,4 +207,4 @@ def assert_greedy(
 
 
 def compiled_programs() -> Programs:
-    return _programs(16, None, False)[2]
+    return _programs(16, None, False, NUM_SLOTS)[2]
