@@ -56,7 +56,7 @@ class Shardings:
 
     def of(self, axes: LogicalAxes, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of a parameter; an axis that does not divide by the devices is whole on each of them."""
-        size = self.mesh.size
+        size = self.mesh.shape[MODEL_AXIS]
         parts = (MODEL_AXIS if a in ON_MODEL_AXIS and n % size == 0 else None for a, n in zip(axes, shape, strict=True))
         return NamedSharding(self.mesh, P(*parts))
 

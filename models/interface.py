@@ -210,7 +210,7 @@ class Runtime:
         Args:
             arrays: each [E, ...], cut over the devices if E divides by them, else whole on all.
         """
-        size = 1 if self.mesh is None else self.mesh.size
+        size = 1 if self.mesh is None else self.mesh.shape[MODEL_AXIS]
         assert arrays[0] is not None
         if size == 1 or arrays[0].shape[0] % size:
             return f(*tokens, jnp.int32(0), *arrays)

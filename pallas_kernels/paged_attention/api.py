@@ -12,14 +12,14 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.paged_attention import xla
+from jaxserve.pallas_kernels.paged_attention import reference, xla
 
 log = logging.getLogger(__name__)
 
 E4M3_MAX = 448.0
 KERNEL_WRITE_TOKENS = 64  # fewer go as fast through XLA's scatter, which fuses what makes them
 
-Implementation = Literal["xla", "mosaic_gpu"]
+Implementation = Literal["xla", "mosaic_gpu", "reference"]
 
 
 def choose_implementation(platform: str, device_kind: str) -> Implementation:
@@ -109,6 +109,7 @@ def paged_attention(
         chunk: a token sees only keys of its own chunk of this many positions.
         value_dim: each row of the pool is a key of its own, and its first value_dim numbers are the value (latent attention).
         implementation: the back end; one that cannot do these shapes leaves them to the XLA loops, and says so once.
+            "reference" is the only one with a gradient, and needs every token of q to be in use.
 
     Returns:
         [T, N, value_dim or H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
@@ -127,7 +128,8 @@ def paged_attention(
             return out
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
-    return xla.paged_attention(*arguments, alibi, scale=scale, window=window, softcap=softcap, chunk=chunk, value_dim=value_dim)
+    attend = reference.paged_attention if implementation == "reference" else xla.paged_attention
+    return attend(*arguments, alibi, scale=scale, window=window, softcap=softcap, chunk=chunk, value_dim=value_dim)
 
 
 @functools.cache
