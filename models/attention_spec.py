@@ -36,6 +36,7 @@ class AttentionSpec:
         qkv_bias: a bias on q, k and v.
         out_bias: a bias on the output projection.
         out_gate: the output of each head is multiplied by sigmoid of a projection of the input.
+        gate_bias: a bias on that projection.
         out_norm: normalises the output of all heads together (BitNet).
         sinks: each head has a logit that takes part in the softmax without a value (gpt-oss).
         alibi: slope of each head: slope * (key position - query position) is added to the scores
@@ -60,6 +61,7 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     out_gate: bool = False
+    gate_bias: bool = False
     out_norm: NormSpec | None = None
     sinks: bool = False
     alibi: tuple[float, ...] | None = None

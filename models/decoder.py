@@ -21,7 +21,10 @@ from jaxserve.models.layers.moe import Moe
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.positions import sinusoids
 from jaxserve.models.layers.rope import Rotation, rotation
-from jaxserve.models.spec import DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec
+from jaxserve.models.layers.rwkv import ChannelMix
+from jaxserve.models.layers.shared_block import SharedBlock, SharedUse
+from jaxserve.models.recurrent_spec import ChannelMixSpec
+from jaxserve.models.spec import DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec, Shares
 
 
 class DecoderLayer(nnx.Module):
@@ -41,27 +44,55 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = norm(before and feeds and place != "parallel_shared")
         self.mlp = None if layer.mlp is None else _make_mlp(spec.d_model, layer.mlp, dtype)
         self.mlp_out_norm = norm(behind and feeds)
+        self.shared_use = None if layer.shared is None else SharedUse(spec.d_model, layer.shared, dtype)
+        self.mixer_shares, self.mlp_shares = layer.mixer_shares, layer.mlp_shares
         self.mixer_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and mixes else None
         self.mlp_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and feeds else None
 
     def __call__(
-        self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+        self,
+        x: Float[Array, "T D"],
+        caches: tuple[Array, ...],
+        batch: StepBatch,
+        rotation: Rotation | None,
+        runtime: Runtime,
+        shared: tuple[SharedBlock, Array] | None = None,
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        """shared: the block that the layer goes through beside its mixer, and the embeddings, for it."""
         if self.spec.norm_placement.startswith("parallel"):
             return self._parallel(x, caches, batch, rotation, runtime)
+        new_caches: tuple[Array, ...] = ()
         if self.mixer is not None:
-            normed = _apply(self.mixer_norm, x)
-            mixed, caches = self.mixer(normed, caches, batch, rotation, runtime)
-            x = self._add(normed if self.spec.residual_from_norm else x, mixed, self.mixer_out_norm, self.mixer_gain)
+            mixed_in = x
+            if self.shared_use is not None:
+                assert shared is not None
+                added, new_caches = self.shared_use(shared[0], x, shared[1], caches[:1], batch, rotation, runtime)
+                mixed_in, caches = x + added, caches[1:]
+            count = len(self.mixer.cache_specs())
+            normed = _apply(self.mixer_norm, mixed_in)
+            mixed, mixer_caches = self.mixer(normed, caches[:count], batch, rotation, runtime)
+            new_caches, caches = new_caches + mixer_caches, caches[count:]
+            x = self._residual(x, normed, self.mixer_shares)
+            x = self._add(x, mixed * self.mixer_shares.added, self.mixer_out_norm, self.mixer_gain)
         if self.mlp is not None:
             normed = _apply(self.mlp_norm, x)
-            change = self._mlp(normed, batch, runtime)
-            x = self._add(normed if self.spec.residual_from_norm else x, change, self.mlp_out_norm, self.mlp_gain)
-        return x, caches
+            if isinstance(self.mlp, ChannelMix):
+                change, caches = self.mlp(normed, caches, batch)
+            else:
+                change = self._mlp(normed, batch, runtime)
+            x = self._residual(x, normed, self.mlp_shares)
+            x = self._add(x, change * self.mlp_shares.added, self.mlp_out_norm, self.mlp_gain)
+        return x, new_caches + caches
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps."""
-        return () if self.mixer is None else self.mixer.cache_specs()
+        mixer = () if self.mixer is None else self.mixer.cache_specs()
+        if self.shared_use is not None:
+            mixer = self.shared_use.cache_specs() + mixer
+        return mixer + (self.mlp.cache_specs() if isinstance(self.mlp, ChannelMix) else ())
+
+    def _residual(self, x: Array, normed: Array, shares: Shares) -> Array:
+        return (normed if self.spec.residual_from_norm else x) * shares.kept
 
     def _parallel(
         self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
@@ -73,7 +104,7 @@ class DecoderLayer(nnx.Module):
         return x + (mixed + self._mlp(mlp_in, batch, runtime)) * self.spec.residual_multiplier, caches
 
     def _mlp(self, x: Array, batch: StepBatch, runtime: Runtime) -> Array:
-        assert self.mlp is not None
+        assert self.mlp is not None and not isinstance(self.mlp, ChannelMix)
         return self.mlp(x, batch, runtime) if isinstance(self.mlp, Moe) else self.mlp(x)
 
     def _add(self, x: Array, change: Array, out_norm: Norm | None, gain: nnx.Param[Array] | None) -> Array:
@@ -90,11 +121,13 @@ def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
-def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec, dtype: DTypeLike) -> Mlp | Moe:
+def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec | ChannelMixSpec, dtype: DTypeLike) -> Mlp | Moe | ChannelMix:
+    if isinstance(spec, ChannelMixSpec):
+        return ChannelMix(d_model, spec, dtype)
     return Moe(d_model, spec, dtype) if isinstance(spec, MoeSpec) else Mlp(d_model, spec, dtype)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "runtime"))
+@partial(jax.jit, static_argnames=("graphdef", "runtime", "shared_graphdef"))
 def _run_layer(
     graphdef: nnx.GraphDef[DecoderLayer],
     state: Any,
@@ -103,9 +136,15 @@ def _run_layer(
     batch: StepBatch,
     rotation: Rotation | None,
     runtime: Runtime,
+    shared_graphdef: nnx.GraphDef[SharedBlock] | None = None,
+    shared_state: Any = None,
+    embedded: Float[Array, "T D"] | None = None,
 ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
     """Traced and lowered once for all layers alike; XLA inlines the calls, so that nothing is left of them at run time."""
-    return nnx.merge(graphdef, state)(x, caches, batch, rotation, runtime)
+    layer = nnx.merge(graphdef, state)
+    if shared_graphdef is None or embedded is None:
+        return layer(x, caches, batch, rotation, runtime)
+    return layer(x, caches, batch, rotation, runtime, (nnx.merge(shared_graphdef, shared_state), embedded))
 
 
 class Decoder(nnx.Module):
@@ -127,7 +166,10 @@ class Decoder(nnx.Module):
         is_learned = at is not None and at.kind == "learned"
         self.positions = parameter((at.count + at.offset, d_model), (None, "embed"), dtype) if at and is_learned else None
         self.layers = nnx.List([DecoderLayer(spec, layer, dtype) for layer in spec.layers])
-        self.final_norm = Norm(d_model, spec.norm, dtype) if spec.final_norm else None
+        shared = {layer.shared.block: layer.shared for layer in spec.layers if layer.shared is not None}
+        self.shared = nnx.List([SharedBlock(d_model, shared[block], spec.norm, dtype) for block in range(len(shared))])
+        final = replace(spec.norm, eps=spec.final_norm_eps or spec.norm.eps)
+        self.final_norm = Norm(d_model, final, dtype) if spec.final_norm else None
         self.embed_out = weight((d_model, width), ("embed", None), dtype) if spec.embed_dim else None
         head = (width, spec.vocab_size)  # never quantised: the logits are worth their bits
         self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=width**-0.5)
@@ -144,12 +186,13 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits of batch.logit_rows, and the caches with this step's tokens.
         """
-        x = self._embed(batch)
+        x = embedded = self._embed(batch)
         rotations = self._rotations(batch)
         remaining, new_caches = iter(caches), []
         for layer, layer_spec in zip(self.layers, self.spec.layers, strict=True):
             own = tuple(islice(remaining, len(layer.cache_specs())))
-            x, own = _run_layer(*nnx.split(layer), x, own, batch, rotations[layer_spec.rope], runtime)
+            shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
+            x, own = _run_layer(*nnx.split(layer), x, own, batch, rotations[layer_spec.rope], runtime, *shared)
             new_caches += own
         return self._logits(jnp.take(x, batch.logit_rows, axis=0, mode="clip")), tuple(new_caches)
 

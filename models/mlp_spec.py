@@ -28,6 +28,8 @@ class MlpSpec:
         bias: a bias on every projection.
         clamped: replaces activation(gate) * up.
         hidden_norm: normalises what goes into the last projection (BitNet).
+        gate_multiplier: of what goes into the activation.
+        out_multiplier: of the output.
     """
 
     dim: int
@@ -36,6 +38,8 @@ class MlpSpec:
     bias: bool = False
     clamped: ClampedSwiglu | None = None
     hidden_norm: NormSpec | None = None
+    gate_multiplier: float = 1.0
+    out_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dim < 1:

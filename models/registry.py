@@ -6,10 +6,48 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.families import alibi, deepseek, gemma, gpt, gpt_oss, layer_norm, llama, mamba, moe, odd_attention, olmo
+from jaxserve.models.families import (
+    alibi,
+    deepseek,
+    gated_delta,
+    gemma,
+    gpt,
+    gpt_oss,
+    hybrid_mamba,
+    layer_norm,
+    lfm2,
+    llama,
+    mamba,
+    minimax,
+    moe,
+    odd_attention,
+    olmo,
+    recurrent_gemma,
+    rwkv,
+    zamba2,
+)
 from jaxserve.models.families.architecture import Architecture
 
-_FAMILIES = (llama, gemma, olmo, layer_norm, gpt, alibi, odd_attention, moe, deepseek, gpt_oss, mamba)
+_FAMILIES = (
+    llama,
+    gemma,
+    olmo,
+    layer_norm,
+    gpt,
+    alibi,
+    odd_attention,
+    moe,
+    deepseek,
+    gpt_oss,
+    mamba,
+    hybrid_mamba,
+    zamba2,
+    gated_delta,
+    lfm2,
+    recurrent_gemma,
+    rwkv,
+    minimax,
+)
 ARCHITECTURES: tuple[Architecture, ...] = tuple(a for family in _FAMILIES for a in family.ARCHITECTURES)
 
 

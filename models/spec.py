@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.attention_spec import (
@@ -16,7 +16,7 @@ from jaxserve.models.attention_spec import (
 )
 from jaxserve.models.mlp_spec import Activation, ClampedSwiglu, MlpSpec, MoeSpec, RouterSpec
 from jaxserve.models.norm_spec import NormSpec
-from jaxserve.models.recurrent_spec import MambaSpec
+from jaxserve.models.recurrent_spec import ChannelMixSpec, RecurrentSpec
 from jaxserve.models.rope_spec import (
     FactorScaling,
     LinearScaling,
@@ -29,6 +29,7 @@ from jaxserve.models.rope_spec import (
 __all__ = [
     "Activation",
     "AttentionSpec",
+    "Branch",
     "ClampedSwiglu",
     "DecoderSpec",
     "DifferentialAttentionSpec",
@@ -36,26 +37,70 @@ __all__ = [
     "LayerSpec",
     "LinearScaling",
     "Llama3Scaling",
-    "MambaSpec",
     "MixerSpec",
     "MlaSpec",
     "MlpSpec",
     "MoeSpec",
     "NormPlacement",
     "NormSpec",
+    "ParallelSpec",
     "PositionSpec",
     "RopeScaling",
     "RopeSpec",
     "RouterSpec",
+    "SharedSpec",
+    "Shares",
     "TemperatureSpec",
     "ValueLogitAttentionSpec",
     "YarnScaling",
 ]
 
-MixerSpec = AttentionSpec | MlaSpec | MambaSpec
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One of several mixers side by side; factors on what goes in and what comes out."""
+
+    mixer: AttentionSpec | RecurrentSpec
+    in_multiplier: float = 1.0
+    out_multiplier: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSpec:
+    """Several mixers side by side, whose outputs are added (Falcon-H1)."""
+
+    branches: tuple[Branch, ...]
+
+
+MixerSpec = AttentionSpec | MlaSpec | RecurrentSpec | ParallelSpec
 """Everything that can mix tokens."""
 
 NormPlacement = Literal["pre", "sandwich", "post", "after", "parallel", "parallel_shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSpec:
+    """A transformer block that several layers go through, whose output is added to what goes into their mixer (Zamba 2).
+
+    Attributes:
+        block: layers with the same number share weights.
+        rank: of each layer's own changes of these weights.
+        adapts_attention: they change q, k and v too, not the feed-forward block alone.
+    """
+
+    block: int
+    attention: AttentionSpec
+    mlp: MlpSpec
+    rank: int
+    adapts_attention: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Factors on the residual stream and on what is added to it (MiniMax)."""
+
+    kept: float = 1.0
+    added: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +108,28 @@ class LayerSpec:
     """One decoder layer: a mixer over tokens, then an mlp over each of them. Either may be missing."""
 
     mixer: MixerSpec | None
-    mlp: MlpSpec | MoeSpec | None
+    mlp: MlpSpec | MoeSpec | ChannelMixSpec | None
+    shared: SharedSpec | None = None
+    mixer_shares: Shares = Shares()
+    mlp_shares: Shares = Shares()
+
+    @property
+    def mixers(self) -> tuple[AttentionSpec | MlaSpec | RecurrentSpec, ...]:
+        """All its mixers: one, several side by side, or none."""
+        if isinstance(self.mixer, ParallelSpec):
+            return tuple(branch.mixer for branch in self.mixer.branches)
+        return () if self.mixer is None else (self.mixer,)
 
     @property
     def attention(self) -> AttentionSpec | None:
         """The attention among its mixers."""
-        return self.mixer if isinstance(self.mixer, AttentionSpec) else None
+        return next((mixer for mixer in self.mixers if isinstance(mixer, AttentionSpec)), None)
 
     @property
     def rope(self) -> RopeSpec | None:
-        return self.mixer.rope if isinstance(self.mixer, AttentionSpec | MlaSpec) else None
+        if self.shared is not None:
+            return self.shared.attention.rope
+        return next((mixer.rope for mixer in self.mixers if isinstance(mixer, AttentionSpec | MlaSpec)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +157,7 @@ class DecoderSpec:
             residual stream once each is added. "parallel": mixer and mlp both start from the layer's input, each with a
             norm of its own; "parallel_shared": with one norm for both.
         final_norm: there is a norm before the output projection.
+        final_norm_eps: of that norm, where it is not the others'.
         embed_norm: of the embeddings.
         embed_scale: factor on the embeddings, rounded to their dtype as checkpoints were trained with.
         embed_dim: of the token embeddings, where projections lead from it to d_model and back (OPT).
@@ -120,6 +178,7 @@ class DecoderSpec:
     norm: NormSpec
     norm_placement: NormPlacement = "pre"
     final_norm: bool = True
+    final_norm_eps: float | None = None
     embed_norm: NormSpec | None = None
     embed_scale: float | None = None
     embed_dim: int | None = None
@@ -149,11 +208,17 @@ class DecoderSpec:
             ConfigError: if the query heads of a kv head do not divide among its repeats, or heads with one latent not at all.
         """
 
-        def repeated(mixer: MixerSpec | None) -> MixerSpec | None:
+        def repeated(mixer: Any) -> Any:
+            if isinstance(mixer, ParallelSpec):
+                return replace(mixer, branches=tuple(replace(b, mixer=repeated(b.mixer)) for b in mixer.branches))
             if isinstance(mixer, MlaSpec) and repeat(mixer.num_heads) != 1:
                 raise ConfigError(
                     f"the model's {mixer.num_heads} heads are fewer than the devices. Lower --tensor-parallel-size."
                 )
             return mixer.repeated(repeat(mixer.num_kv_heads)) if isinstance(mixer, AttentionSpec) else mixer
 
-        return replace(self, layers=tuple(replace(layer, mixer=repeated(layer.mixer)) for layer in self.layers))
+        def repeated_layer(layer: LayerSpec) -> LayerSpec:
+            shared = layer.shared and replace(layer.shared, attention=repeated(layer.shared.attention))
+            return replace(layer, mixer=repeated(layer.mixer), shared=shared)
+
+        return replace(self, layers=tuple(map(repeated_layer, self.layers)))

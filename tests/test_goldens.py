@@ -52,6 +52,7 @@ DEVICES = [
     *(("bloom", 2), ("falcon", 4), ("opt_post_norm", 2)),
     *(("qwen2_moe", 2), ("gpt_oss", 2), ("llama4_text", 2), ("mixtral", 4)),  # experts cut
     *(("deepseek_v2", 2), ("deepseek_v3", 4)),
+    *(("falcon_h1_norm", 2), ("zamba2", 2), ("qwen3_5_text", 2), ("recurrent_gemma", 2), ("rwkv", 2)),  # states cut
 ]
 
 

@@ -19,7 +19,8 @@ from jaxserve.limits import Limits
 from jaxserve.models.decoder import abstract_decoder
 from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import Runtime, StateSpec, StepBatch
-from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MambaSpec, MlpSpec, NormSpec, RopeSpec
+from jaxserve.models.recurrent_spec import MambaSpec
+from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from jaxserve.outputs import RequestOutput
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache

@@ -26,6 +26,7 @@ class Architecture:
         renames: prefix of a checkpoint's tensor names -> what to read it as.
         ignored: prefixes of tensor names that this model does not need.
         unread: a pattern of other names that it does not need.
+        spare: a pattern of names that it may or may not need: those left over are no error.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture:
     renames: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     unread: str = ""
+    spare: str = ""
 
     def table(self, spec: DecoderSpec) -> Mapping[str, Assembly]:
         """`tensors` of a model with this spec."""

@@ -1,18 +1,22 @@
-"""Mamba: nothing but recurrent layers."""
+"""Mamba 1 and 2, and FalconMamba: nothing but recurrent layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.assembly import Assembly, Projection, Same
+from jaxserve.models.families.assembly import Projection, Same
 from jaxserve.models.families.from_config import activation
-from jaxserve.models.families.recurrent_tensors import ConvRows, Rows
-from jaxserve.models.spec import DecoderSpec, LayerSpec, MambaSpec, NormSpec
+from jaxserve.models.families.mamba_tensors import mamba2_tensors, mamba_tensors
+from jaxserve.models.families.tensors import Table
+from jaxserve.models.recurrent_spec import Mamba2Spec, MambaSpec
+from jaxserve.models.spec import DecoderSpec, LayerSpec, NormSpec
 
 NO_LIMIT = 1 << 20  # tokens of context: the state does not grow, so the model itself knows no end
 
 
-def _mamba(config: HfConfig) -> DecoderSpec:
-    mixer = MambaSpec(
+def _mixer(config: HfConfig) -> MambaSpec:
+    return MambaSpec(
         dim=config.intermediate_size,
         state_dim=config.state_size,
         dt_rank=int(config.time_step_rank),
@@ -21,6 +25,36 @@ def _mamba(config: HfConfig) -> DecoderSpec:
         conv_bias=bool(config.use_conv_bias),
         proj_bias=bool(config.use_bias),
     )
+
+
+def _mamba(config: HfConfig) -> DecoderSpec:
+    return _decoder(config, _mixer(config))
+
+
+def _falcon_mamba(config: HfConfig) -> DecoderSpec:
+    return _decoder(config, replace(_mixer(config), inner_norm=NormSpec(eps=config.mixer_rms_eps, gain=False)))
+
+
+def _mamba2(config: HfConfig) -> DecoderSpec:
+    low, high = config.time_step_limit
+    mixer = Mamba2Spec(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        state_dim=config.state_size,
+        num_groups=config.n_groups,
+        conv_kernel=config.conv_kernel,
+        activation=activation(config.hidden_act),
+        conv_bias=bool(config.use_conv_bias),
+        in_bias=bool(config.use_bias),
+        out_bias=bool(config.use_bias),
+        dt_min=float(low),
+        dt_max=float(high),
+        norm_eps=config.layer_norm_epsilon,
+    )
+    return _decoder(config, mixer)
+
+
+def _decoder(config: HfConfig, mixer: MambaSpec | Mamba2Spec) -> DecoderSpec:
     return DecoderSpec(
         vocab_size=config.vocab_size,
         d_model=config.hidden_size,
@@ -31,37 +65,26 @@ def _mamba(config: HfConfig) -> DecoderSpec:
     )
 
 
-def mamba_tensors(prefix: str) -> dict[str, Assembly]:
-    """The tensors of a Mamba mixer whose names begin with `prefix`."""
-    return {
-        "layers.{i}.mixer.into": Rows(prefix + "in_proj.weight", axes=2),
-        "layers.{i}.mixer.into_bias": Rows(prefix + "in_proj.bias", axes=2),
-        "layers.{i}.mixer.conv": ConvRows(prefix + "conv1d.weight"),
-        "layers.{i}.mixer.conv_bias": Same(prefix + "conv1d.bias"),
-        "layers.{i}.mixer.select": Projection(prefix + "x_proj.weight"),
-        "layers.{i}.mixer.dt_proj": Projection(prefix + "dt_proj.weight"),
-        "layers.{i}.mixer.dt_bias": Same(prefix + "dt_proj.bias"),
-        "layers.{i}.mixer.a_log": Same(prefix + "A_log"),
-        "layers.{i}.mixer.skip": Same(prefix + "D"),
-        "layers.{i}.mixer.out": Projection(prefix + "out_proj.weight"),
-        "layers.{i}.mixer.out_bias": Same(prefix + "out_proj.bias"),
-    }
-
-
 _LAYER = "backbone.layers.{i}."
-BACKBONE_TENSORS: dict[str, Assembly] = {
+_OUTSIDE: Table = {
     "embed": Same("backbone.embeddings.weight"),
     "layers.{i}.mixer_norm.weight": Same(_LAYER + "norm.weight"),
     "final_norm.weight": Same("backbone.norm_f.weight"),
     "lm_head": Projection("lm_head.weight"),
 }
+_MAMBA, _MAMBA2 = _OUTSIDE | mamba_tensors(_LAYER + "mixer."), _OUTSIDE | mamba2_tensors(_LAYER + "mixer.")
 
-ARCHITECTURES = (
+ARCHITECTURES = tuple(
     Architecture(
-        name="MambaForCausalLM",
-        model_type="mamba",
-        spec=_mamba,
-        tensors=BACKBONE_TENSORS | mamba_tensors(_LAYER + "mixer."),
+        name=name,
+        model_type=model_type,
+        spec=spec,
+        tensors=table,
         renames={"backbone.embedding.": "backbone.embeddings."},  # as the first checkpoints have it
-    ),
+    )
+    for name, model_type, spec, table in (
+        ("MambaForCausalLM", "mamba", _mamba, _MAMBA),
+        ("FalconMambaForCausalLM", "falcon_mamba", _falcon_mamba, _MAMBA),
+        ("Mamba2ForCausalLM", "mamba2", _mamba2, _MAMBA2),
+    )
 )

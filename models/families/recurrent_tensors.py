@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Index, OneOf, ReadTensor, Shape, Target, transpose
+from jaxserve.models.families.qkv_assembly import Qkv
 
 Part = Callable[[Target], tuple[int, int]]
 """Which rows of a fused tensor a parameter is: the first one, and how many rows the tensor has in all."""
+
+
+def mixer_of[M](target: Target, kind: type[M]) -> M:
+    """The mixer of that kind which the parameter belongs to."""
+    assert target.layer is not None, target.path
+    return next(mixer for mixer in target.layer.mixers if isinstance(mixer, kind))
+
+
+def either(*tables: Mapping[str, Assembly]) -> dict[str, Assembly]:
+    """One table for layers of several kinds: where paths are the same, the tensors that are there decide."""
+    paths = dict.fromkeys(path for table in tables for path in table)
+    forms = {path: tuple(table[path] for table in tables if path in table) for path in paths}
+    return {path: found[0] if len(found) == 1 else OneOf(found) for path, found in forms.items()}
 
 
 @dataclass(frozen=True)
@@ -62,3 +77,81 @@ class ConvRows(Rows):
 
     def _read(self, tensor: ReadTensor, rows: slice, inputs: Index) -> np.ndarray:
         return transpose(tensor((rows, slice(0, 1), *inputs))[:, 0])
+
+
+@dataclass(frozen=True)
+class Joined(Assembly):
+    """Several assemblies' results, one after the other along an axis of their own, which `axis` counts from the end."""
+
+    parts: tuple[Assembly, ...]
+    axis: int
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.patterns)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        return tuple(shape for part in self.parts for shape in part.shapes(self._without(target)))
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        at, inner = len(index) + self.axis, self._without(target)
+        wanted = (*index[:at], *index[at + 1 :])
+        remaining, parts = iter(tensors), []
+        for part in self.parts:
+            own = [next(remaining) for _ in part.names(inner)]
+            parts.append((part, own))
+        return np.stack([part.read(own, inner, wanted) for part, own in parts[index[at]]], axis=at)
+
+    def _without(self, target: Target) -> Target:
+        at = len(target.shape) + self.axis
+        return replace(target, shape=(*target.shape[:at], *target.shape[at + 1 :]))
+
+
+@dataclass(frozen=True)
+class HeadRows(Assembly):
+    """Some rows of each head, whose rows lie together in a torch Linear's weight [heads * rows, in], as [in, heads, *axes].
+
+    Attributes:
+        part: the first of a head's rows, and how many rows it has in all.
+    """
+
+    name: str
+    axes: int
+    part: Part
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        inputs, heads, _ = self._split(target.shape)
+        return ((heads[0] * self.part(target)[1], *inputs),)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        _, _, inner = self._split(target.shape)
+        inputs, (heads,), others = self._split(index)
+        start, rows = self.part(target)
+        read = transpose(tensors[0]((slice(heads.start * rows, heads.stop * rows), *inputs)))
+        read = read.reshape(*read.shape[:-1], heads.stop - heads.start, rows)[..., start : start + math.prod(inner)]
+        return read.reshape(*read.shape[:-1], *inner)[(..., *others)] if inner else read[..., 0]
+
+    def _split(self, axes: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        at = len(axes) - self.axes - 1
+        return axes[:at], axes[at : at + 1], axes[at + 1 :]
+
+
+@dataclass(frozen=True)
+class GatedQkv(Qkv):
+    """As Qkv, but q's tensor holds a gate behind each head's q (Qwen3-Next)."""
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        (rows, *inputs), k, v = super().shapes(target)
+        return (2 * rows, *inputs), k, v
+
+    def _read_heads(
+        self, tensors: Sequence[ReadTensor], tensor: int, head: int, count: int, head_dim: int, inputs: Sequence[slice]
+    ) -> np.ndarray:
+        if tensor > 0:
+            return super()._read_heads(tensors, tensor, head, count, head_dim, inputs)
+        both = super()._read_heads(tensors, tensor, 2 * head, 2 * count, head_dim, inputs)
+        return both.reshape(count, 2, head_dim, *both.shape[1:])[:, 0].reshape(count * head_dim, *both.shape[1:])

@@ -32,6 +32,7 @@ class Attention(nnx.Module):
         self.q_norm = _qk_norm(spec, spec.num_heads, "heads", dtype)
         self.k_norm = _qk_norm(spec, kv_heads, "kv_heads", dtype)
         self.gate = weight((d_model, spec.num_heads, head_dim), ("embed", "heads", None), dtype) if spec.out_gate else None
+        self.gate_bias = parameter((spec.num_heads, head_dim), ("heads", None), dtype) if spec.gate_bias else None
         self.sinks = parameter((spec.num_heads,), ("heads",), dtype) if spec.sinks else None
         by_head = (spec.num_heads, head_dim)
         self.out_norm = Norm(by_head, spec.out_norm, dtype, ("heads", None), num_axes=2) if spec.out_norm else None
@@ -46,7 +47,7 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, batch, rotation)
         mixed, kv_pages = self._mix(q, k, v, kv_pages, batch, runtime)
         if self.gate is not None:
-            mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value()))
+            mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value(), value(self.gate_bias)))
         if self.out_norm is not None:
             mixed = self.out_norm(mixed)
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)

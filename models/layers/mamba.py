@@ -15,7 +15,7 @@ from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation
 from jaxserve.models.layers.short_conv import short_conv
-from jaxserve.models.spec import MambaSpec
+from jaxserve.models.recurrent_spec import MambaSpec
 
 CHUNK = 32  # tokens whose states are in memory at once: C x channels x state_dim values
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -10,16 +11,32 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.attention import Attention
 from jaxserve.models.layers.differential_attention import DifferentialAttention
+from jaxserve.models.layers.gated_conv import GatedConv
+from jaxserve.models.layers.gated_delta import GatedDelta
+from jaxserve.models.layers.lightning import Lightning
 from jaxserve.models.layers.mamba import Mamba
+from jaxserve.models.layers.mamba2 import Mamba2
 from jaxserve.models.layers.mla import Mla
+from jaxserve.models.layers.parallel import Parallel
+from jaxserve.models.layers.rg_lru import RgLru
 from jaxserve.models.layers.rope import Rotation
+from jaxserve.models.layers.rwkv import TimeMix
 from jaxserve.models.layers.value_logit_attention import ValueLogitAttention
+from jaxserve.models.recurrent_spec import (
+    GatedDeltaSpec,
+    LightningSpec,
+    Mamba2Spec,
+    MambaSpec,
+    RgLruSpec,
+    ShortConvSpec,
+    TimeMixSpec,
+)
 from jaxserve.models.spec import (
     AttentionSpec,
     DifferentialAttentionSpec,
-    MambaSpec,
     MixerSpec,
     MlaSpec,
+    ParallelSpec,
     ValueLogitAttentionSpec,
 )
 
@@ -40,16 +57,24 @@ class Mixer(Protocol):
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]: ...
 
 
-def make_mixer(d_model: int, spec: MixerSpec, dtype: DTypeLike) -> Attention | Mla | Mamba:
-    """The module that a spec describes."""
-    match spec:
-        case DifferentialAttentionSpec():
-            return DifferentialAttention(d_model, spec, dtype)
-        case ValueLogitAttentionSpec():
-            return ValueLogitAttention(d_model, spec, dtype)
-        case AttentionSpec():
-            return Attention(d_model, spec, dtype)
-        case MlaSpec():
-            return Mla(d_model, spec, dtype)
-        case MambaSpec():
-            return Mamba(d_model, spec, dtype)
+MODULES: dict[type, Callable[..., Any]] = {
+    AttentionSpec: Attention,
+    DifferentialAttentionSpec: DifferentialAttention,
+    GatedDeltaSpec: GatedDelta,
+    LightningSpec: Lightning,
+    Mamba2Spec: Mamba2,
+    MambaSpec: Mamba,
+    MlaSpec: Mla,
+    RgLruSpec: RgLru,
+    ShortConvSpec: GatedConv,
+    TimeMixSpec: TimeMix,
+    ValueLogitAttentionSpec: ValueLogitAttention,
+}
+"""The module that each kind of mixer is built from: (d_model, spec, dtype)."""
+
+
+def make_mixer(d_model: int, spec: MixerSpec, dtype: DTypeLike) -> Any:
+    """The Mixer that a spec describes."""
+    if isinstance(spec, ParallelSpec):
+        return Parallel(spec, [make_mixer(d_model, branch.mixer, dtype) for branch in spec.branches])
+    return MODULES[type(spec)](d_model, spec, dtype)

@@ -35,7 +35,8 @@ def activate(spec: MlpSpec, up: Float[Array, "T parts F"], xielu: Float[Array, "
     if spec.clamped is not None:
         gate, linear_part = jnp.minimum(up[:, 0], spec.clamped.limit), jnp.clip(up[:, 1], -spec.clamped.limit, spec.clamped.limit)
         return gate * jax.nn.sigmoid(spec.clamped.alpha * gate) * (linear_part + 1)
-    hidden = _xielu(up[:, 0], xielu) if xielu is not None else ACTIVATIONS[spec.activation](up[:, 0])
+    gate = up[:, 0] if spec.gate_multiplier == 1.0 else up[:, 0] * spec.gate_multiplier
+    hidden = _xielu(gate, xielu) if xielu is not None else ACTIVATIONS[spec.activation](gate)
     return hidden * up[:, 1] if spec.gated else hidden
 
 
@@ -71,4 +72,5 @@ class Mlp(nnx.Module):
         hidden = activate(self.spec, up, value(self.xielu))
         if self.hidden_norm is not None:
             hidden = self.hidden_norm(hidden)
-        return linear(hidden, self.down.get_value(), value(self.down_bias))
+        out = linear(hidden, self.down.get_value(), value(self.down_bias))
+        return out if self.spec.out_multiplier == 1.0 else out * self.spec.out_multiplier

@@ -51,6 +51,7 @@ def run(
         states, outputs = step(read_states(pools, batch.slots, batch.starts, empty), inputs)
         return write_states(pools, states, batch.slots), outputs
     num_tokens = batch.token_ids.shape[0]
+    chunk_size = min(chunk_size, num_tokens)
     # 1) Rows with one token. They come first, so row b's token is token b.
     inputs = jax.tree.map(lambda x: _pad(x, max(chunk_size, ROW_BLOCK)), inputs)
     outputs = _empty_outputs(pools, inputs, step)

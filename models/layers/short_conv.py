@@ -24,25 +24,38 @@ def short_conv(
     Returns:
         y in x's dtype, and the pool with this step's inputs.
     """
-    kept = weight.shape[0] - 1
-    if kept == 0:
-        alone = x.astype(jnp.float32) * weight[0].astype(jnp.float32)
-        return (alone if bias is None else alone + bias.astype(jnp.float32)).astype(x.dtype), pool
-    before = read_states(pool, batch.slots, batch.starts)  # [B, K - 1, channels]
-    row = token_rows(batch)
-    offset = jnp.arange(x.shape[0]) - batch.query_start[row]  # of each token among its row's in this step
-    shape = (-1, *[1] * (x.ndim - 1))
-    y = x.astype(jnp.float32) * weight[kept].astype(jnp.float32)
-    for back in range(1, kept + 1):
-        earlier = before[row, jnp.clip(kept + offset - back, 0, kept - 1)]
-        tap = jnp.where((offset >= back).reshape(shape), jnp.roll(x, back, axis=0), earlier)
-        y += tap.astype(jnp.float32) * weight[kept - back].astype(jnp.float32)
+    earlier, pool = last_inputs(x, pool, batch)
+    y = sum(tap.astype(jnp.float32) * w.astype(jnp.float32) for tap, w in zip([*earlier, x], weight, strict=True))
     if bias is not None:
         y += bias.astype(jnp.float32)
-    # What stays: the last K - 1 of the inputs kept before and this step's.
+    return y.astype(x.dtype), pool
+
+
+def last_inputs(
+    x: Float[Array, "T ..."], pool: Float[Array, "slots back ..."], batch: StepBatch
+) -> tuple[list[Float[Array, "T ..."]], Float[Array, "slots back ..."]]:
+    """For each token, what x was at each of the tokens before it in its request, the furthest back first; and the new pool."""
+    back = pool.shape[1]
+    if back == 0:
+        return [], pool
+    before = read_states(pool, batch.slots, batch.starts)  # [B, back, ..]
+    if batch.is_decode:
+        inputs = [before[:, i] for i in range(back)]
+        return inputs, write_states(pool, jnp.concatenate([before[:, 1:], x[:, None].astype(pool.dtype)], axis=1), batch.slots)
+    row = token_rows(batch)
+    offset = jnp.arange(x.shape[0]) - batch.query_start[row]  # of each token among its row's in this step
+    inputs = []
+    for distance in range(back, 0, -1):
+        kept = before[row, jnp.clip(back + offset - distance, 0, back - 1)]
+        inputs.append(jnp.where(_like(offset >= distance, x), jnp.roll(x, distance, axis=0), kept))
+    # What stays: the last of those kept before and this step's.
     length = batch.query_start[1:] - batch.query_start[:-1]
-    last = length[:, None] - kept + jnp.arange(kept)  # [B, K - 1], index among this step's; negative: kept before
+    last = length[:, None] - back + jnp.arange(back)  # [B, back], index among this step's; negative: kept before
     new = x.at[batch.query_start[:-1, None] + last].get(mode="clip")
-    old = jnp.take_along_axis(before, jnp.clip(last + kept, 0, kept - 1).reshape(*last.shape, *shape[1:]), axis=1)
-    states = jnp.where((last >= 0).reshape(*last.shape, *shape[1:]), new, old)
-    return y.astype(x.dtype), write_states(pool, states, batch.slots)
+    old = jnp.take_along_axis(before, _like(jnp.clip(last + back, 0, back - 1), new), axis=1)
+    return inputs, write_states(pool, jnp.where(_like(last >= 0, new), new, old), batch.slots)
+
+
+def _like(x: Array, wide: Array) -> Array:
+    """x with axes of 1 behind its own, to go with a wider array."""
+    return x.reshape(*x.shape, *[1] * (wide.ndim - x.ndim))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -59,8 +58,15 @@ def _make_config(model_type: str, raw: Mapping[str, Any]) -> HfConfig:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
     from transformers import AutoConfig
 
-    fields = copy.deepcopy({name: value for name, value in raw.items() if name not in ("model_type", "auto_map")})
+    fields = _plain({name: value for name, value in raw.items() if name not in ("model_type", "auto_map")})
     return AutoConfig.for_model(model_type, **fields)
+
+
+def _plain(value: Any) -> Any:
+    """A copy, with numbers for what transformers writes for those that JSON does not have: {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def generation_defaults(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _plan(model: ModelDescription, source: ModelSource) -> Iterator[_Job]:
         match = _LAYER.match(parameter.path)
         number = match[1] if match else ""
         layer = model.spec.layers[int(number)] if match else None
-        assembly = table[_LAYER.sub("layers.{i}.", parameter.path)]
+        assembly = table.get(parameter.path) or table[_LAYER.sub("layers.{i}.", parameter.path)]
         target = Target(parameter.path, parameter.abstract.shape, layer)
         assembly = assembly.choose(target, partial(_has, source, number))
         yield _Job(parameter, target, assembly, tuple(name.replace("{i}", number) for name in assembly.names(target)))
@@ -87,7 +87,9 @@ def _check(jobs: list[_Job], model: ModelDescription, source: ModelSource) -> No
         if got != shape:
             raise ModelLoadError(f"tensor {name} has shape {list(got)}; the config wants {list(shape)}. Do they belong together?")
     tied = {"lm_head.weight"} if model.spec.tie_embeddings else set()
-    extra = [name for name in source.tensors if name not in wanted and name not in tied and not _HARMLESS.match(name)]
+    spare = re.compile(source.architecture.spare or "(?!)")
+    left = [name for name in source.tensors if name not in wanted and name not in tied]
+    extra = [name for name in left if not _HARMLESS.match(name) and not spare.search(name)]
     if extra:
         raise ModelLoadError(
             f"{source.path} holds {_some(extra)}, which {source.architecture.name} has no use for: "

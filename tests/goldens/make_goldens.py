@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import dense_cases
 import moe_cases
+import recurrent_cases
 from cases import FOLDER, draw
 
 SEED = 0
@@ -81,16 +82,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 ATTENTION = {"falcon_alibi": "sdpa"}  # transformers' eager attention adds ALiBi twice in Falcon
 
-CASES |= dense_cases.CASES | moe_cases.CASES
+CASES |= dense_cases.CASES | moe_cases.CASES | recurrent_cases.CASES
 
-# Models without attention take none of BASE's fields.
-PLAIN = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2}
 
-RECURRENT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mamba": ("mamba", PLAIN | {"state_size": 8}),
-    "mamba_bias": ("mamba", PLAIN | {"expand": 3, "conv_kernel": 3, "time_step_rank": 5, "use_bias": True,
-                                     "use_conv_bias": False, "hidden_act": "gelu", "tie_word_embeddings": False}),
-}  # fmt: skip
+CONSTANT = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers that follow from the config
+
+
+def _values(name: str, made: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a tensor is set to, given what transformers made of it."""
+    if name.endswith(CONSTANT):
+        return made
+    return draw(name, made.shape) if made.ndim >= 2 else made + 0.1 * rng.standard_normal(made.shape)
 
 
 def make(case: str) -> float:
@@ -99,22 +101,19 @@ def make(case: str) -> float:
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, fields = RECURRENT_CASES.get(case) or CASES[case]
+    model_type, fields = CASES[case]
     out = FOLDER / case
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rng = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as scratch:
-        if case not in RECURRENT_CASES:
-            kind = type(AutoConfig.for_model(model_type))  # GPT-2 and others have other names for some of BASE's fields
-            known = kind.__dataclass_fields__.keys() - kind.attribute_map
-            fields = {name: value for name, value in BASE.items() if name in known} | fields
+        kind = type(AutoConfig.for_model(model_type))  # GPT-2 and others have other names for some of BASE's fields
+        known = kind.__dataclass_fields__.keys() - kind.attribute_map
+        fields = {name: value for name, value in BASE.items() if name in known} | fields
         config = AutoConfig.for_model(model_type, **fields)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
         file = Path(scratch) / "model.safetensors"
-        tensors = {
-            n: draw(n, v.shape) if v.ndim >= 2 else v + 0.1 * rng.standard_normal(v.shape) for n, v in load_file(file).items()
-        }
+        tensors = {n: _values(n, v, rng) for n, v in load_file(file).items()}
         tensors = {n: np.asarray(v, np.float32) for n, v in tensors.items()}
         save_file(tensors, file, metadata={"format": "pt"})
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -126,13 +125,13 @@ def make(case: str) -> float:
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
     assert np.isfinite(logits).all() and logits.std() > 0.05, f"{case}: the logits say nothing, std {logits.std()}"
-    shapes = {n: list(v.shape) for n, v in sorted(tensors.items()) if v.ndim >= 2}
+    shapes = {n: list(v.shape) for n, v in sorted(tensors.items()) if v.ndim >= 2 and not n.endswith(CONSTANT)}
     (out / "tensors.json").write_text(json.dumps(shapes, indent=0) + "\n")
-    np.savez_compressed(out / "small.npz", **{n: v for n, v in tensors.items() if v.ndim < 2})
+    np.savez_compressed(out / "small.npz", **{n: v for n, v in tensors.items() if v.ndim < 2 or n.endswith(CONSTANT)})
     np.savez_compressed(out / "golden.npz", tokens=tokens.astype(np.int32), logits=logits.astype(np.float16))
     return float(logits.std())
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or CASES | RECURRENT_CASES:
+    for name in sys.argv[1:] or CASES:
         print(f"{name}: logits std {make(name):.3f}", flush=True)
