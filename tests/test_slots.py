@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.slots import Slots
+from jaxserve.startup import build_engine
+from tests.goldens.cases import read_golden, write_checkpoint
 from tests.tiny import VOCAB, assert_greedy, greedy, run, tiny_engine
 
 
@@ -114,6 +120,25 @@ def test_a_failed_step_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(engine.runner, "dispatch", fail)
     assert_greedy(prompt, run(engine)[request_id].outputs[0].token_ids, recurrent=True)
+
+
+def test_a_model_of_states_alone(tmp_path: Path) -> None:
+    """No layer has pages, so they bind nobody: as many requests as slots, each as long as the model allows."""
+    folder = write_checkpoint(tmp_path / "rwkv", "rwkv")
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
+    engine = build_engine(EngineConfig.from_options(model=str(folder), **options))
+    assert isinstance(engine, Engine)
+    assert "off" in engine.description["prefix cache"] and engine.scheduler.prefix_cache is None
+    assert engine.max_model_len == 1 << 20
+    tokens, logits = read_golden("rwkv")
+    ids = [engine.add_request(row.tolist(), greedy(3, prompt_logprobs=-1)) for row in (*tokens, tokens[0])]
+    outputs = run(engine)
+    for request_id, wanted in zip(ids, (*logits, logits[0]), strict=True):
+        wanted = wanted - np.log(np.exp(wanted).sum(-1, keepdims=True))
+        got = outputs[request_id].prompt_logprobs
+        assert got is not None
+        got = np.array([[entry[i].logprob for i in range(wanted.shape[1])] for entry in got[1:] if entry])
+        assert np.abs(got - wanted[:-1]).max() < 0.01 * wanted.std()
 
 
 def test_copies_of_copies_and_of_slots_given_back() -> None:

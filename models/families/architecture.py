@@ -26,6 +26,7 @@ class Architecture:
         renames: prefix of a checkpoint's tensor names -> what to read it as.
         ignored: prefixes of tensor names that this model does not need.
         unread: a pattern of other names that it does not need.
+        verify: raises ModelLoadError for tensors that must hold what the config says, and do not.
         spare: a pattern of names that it may or may not need: those left over are no error.
     """
 
@@ -37,6 +38,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     unread: str = ""
     spare: str = ""
+    verify: Callable[[DecoderSpec, Mapping[str, Any]], None] = lambda spec, tensors: None
 
     def table(self, spec: DecoderSpec) -> Mapping[str, Assembly]:
         """`tensors` of a model with this spec."""

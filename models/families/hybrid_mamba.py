@@ -51,11 +51,11 @@ def _jamba(config: HfConfig) -> DecoderSpec:
         inner_norm=rms(config),
     )
     mixers: dict[str, MixerSpec] = {"full_attention": attention(config, None), "linear_attention": mamba}
-    block = experts(config, config.num_experts, config.num_experts_per_tok, RouterSpec(normalize=False))
-    counts = config.layers_num_experts
-    return decoder(
-        config, rms(config), lambda i: mixers[config.layer_types[i]], lambda i: block if counts[i] > 1 else mlp(config)
-    )
+    blocks: dict[bool, MlpSpec | MoeSpec] = {False: mlp(config)}
+    sparse = [count > 1 for count in config.layers_num_experts]
+    if any(sparse):
+        blocks[True] = experts(config, config.num_experts, config.num_experts_per_tok, RouterSpec(normalize=False))
+    return decoder(config, rms(config), lambda i: mixers[config.layer_types[i]], lambda i: blocks[sparse[i]])
 
 
 def _bamba(config: HfConfig) -> DecoderSpec:

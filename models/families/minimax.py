@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
+
+from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Projection
 from jaxserve.models.families.from_config import activation, attention, decoder, head_dim, layer_types, rms
@@ -59,7 +64,18 @@ _EXPERTS = either(
     moe_tensors(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", names=("w1", "w3", "w2")),
     moe_tensors(),
 )
-_BUFFERS = r"\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"  # computed here, from the config
+_BUFFERS = r"\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"  # these follow from the config
+
+
+def _verify(spec: DecoderSpec, tensors: Mapping[str, Any]) -> None:
+    """Decays are computed here, so a checkpoint that brings others cannot be served."""
+    for i, layer in enumerate(spec.layers):
+        name = f"model.layers.{i}.self_attn.slope_rate"
+        if isinstance(layer.mixer, LightningSpec) and name in tensors:
+            got = tensors[name].read(tuple(slice(0, n) for n in tensors[name].shape)).astype(np.float32).ravel()
+            if got.shape != (layer.mixer.num_heads,) or not np.allclose(got, layer.mixer.decays, rtol=1e-2, atol=1e-6):
+                raise ModelLoadError(f"tensor {name} holds decays of its own, which is not supported; the config gives others")
+
 
 ARCHITECTURES = (
     Architecture(
@@ -67,6 +83,7 @@ ARCHITECTURES = (
         model_type="minimax",
         spec=_minimax,
         tensors=either(tensors(), _LIGHTNING) | _EXPERTS,
-        unread=_BUFFERS,
+        spare=_BUFFERS,
+        verify=_verify,
     ),
 )

@@ -48,6 +48,7 @@ def read_weights(
     """
     jobs = list(_plan(model, source))
     _check(jobs, model, source)
+    source.architecture.verify(model.spec, source.tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(_load, job, source, sharding_for) for job in jobs]
         try:
