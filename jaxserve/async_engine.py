@@ -111,6 +111,11 @@ class AsyncEngine:
         self._thread = None
         self._fail(reason)
 
+    @property
+    def cause(self) -> str | None:
+        """Why requests can no longer be served."""
+        return self._dead
+
     def describe(self) -> dict[str, str]:
         """What start-up prints about the model and its pool."""
         return self.engine.description

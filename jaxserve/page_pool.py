@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 
 
 class PagePool:
@@ -58,8 +58,16 @@ class PagePool:
             if not keep:
                 self._free.move_to_end(page, last=False)
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError where the free list and the counts disagree."""
+    def check_integrity(self, held: Sequence[int] | None = None) -> None:
+        """Raises AssertionError where the free list and the counts disagree.
+
+        Args:
+            held: the pages that somebody holds, once for each holder.
+        """
         free = {page for page, holders in enumerate(self._holders) if holders == 0}
         assert free == set(self._free), f"free list and counts differ on pages {free ^ set(self._free)}"
         assert min(self._holders, default=0) >= 0, "a page has fewer than no holders"
+        if held is not None:
+            counts = Counter(held)
+            wrong = [page for page, holders in enumerate(self._holders) if holders != counts[page]]
+            assert not wrong, f"pages {wrong} have a wrong number of holders"

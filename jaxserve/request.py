@@ -94,7 +94,8 @@ class Request:
     Attributes:
         token_ids: prompt and output; `num_in_flight` more are sampled but not seen by the host yet.
         num_computed: tokens whose keys and values are in the pool once the dispatched steps have run.
-        pages: pages held, in order; the device's table knows the first num_pages_sent of them.
+        pages: in order; the device's table knows the first num_pages_sent. The first num_pages_passed are others' by now: no
+            layer reads them any more.
         order: sorts waiting and running requests; smaller goes first and is preempted last.
         decodes_until: while fewer tokens than this are computed, a step computes the newest one and there is nothing to decide:
             no page to take or copy, no limit to heed, no choice for the host. 0 where that is not so.
@@ -126,6 +127,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     num_pages_sent: int = 0
     num_pages_cached: int = 0
+    num_pages_passed: int = 0
     page_keys: list[PageKey] = field(default_factory=list)
     is_placed: bool = False
     shares_pages: bool = False
@@ -166,6 +168,18 @@ class Request:
         self.wants_all_logprobs = any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
         self.logprobs = [] if params.logprobs is not None else None
         self.prompt_logprobs = [None] * self.num_prompt_tokens
+
+    @property
+    def held_pages(self) -> list[int]:
+        """Those of its pages that are still its own."""
+        return self.pages[self.num_pages_passed :] if self.num_pages_passed else self.pages
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt tokens that it computes next are asked."""
+        if self.num_computed >= self.num_prompt_tokens - 1:
+            return False
+        return self.group.params.prompt_logprobs is not None and self.index == 0
 
     @property
     def has_logprobs(self) -> bool:

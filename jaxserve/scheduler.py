@@ -45,7 +45,7 @@ class Scheduler:
     def finish(self, request: Request, *, is_sound: bool = True) -> None:
         """Takes a request out, wherever it is, and frees what it holds; nobody finds it in the cache unless it is sound."""
         if self.prefix_cache is not None and not is_sound:
-            self.prefix_cache.forget(*request.pages)
+            self.prefix_cache.forget(*request.held_pages)
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._free(request)
@@ -113,14 +113,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError where requests, slots and pages disagree."""
-        self.pool.check_integrity()
+        self.pool.check_integrity([page for r in self.running for page in r.held_pages])
         if self.prefix_cache is not None:
             self.prefix_cache.check_integrity()
         self._slots.check_integrity([r.slot for r in self.running])
-        held = [page for r in self.running for page in r.pages]
-        for page in set(held):
-            assert self.pool.holders(page) == held.count(page), f"page {page} has a wrong number of holders"
-        assert self.pool.num_held == len(set(held)), "a page is held by nobody that runs"
         assert all(not r.pages for r in self.waiting), "a waiting request holds pages"
 
     # Running requests
@@ -143,6 +139,8 @@ class Scheduler:
     def _grow(self, request: Request, plan: StepPlan) -> bool:
         """Takes the page that a decoding request needs, if that is all it needs and there is one."""
         is_full = 0 < request.decodes_until == request.num_computed < request.max_num_tokens - 1
+        if is_full:
+            self._release_passed(request)
         if not is_full or plan.num_page_updates >= self.limits.max_page_updates or not self.pool.num_free:
             return False
         request.pages.append(self._allocate())
@@ -157,6 +155,7 @@ class Scheduler:
         wanted = self._chunk(request, plan, num_behind)
         if request.status is not Status.RUNNING or wanted <= 0:
             return
+        self._release_passed(request)
         while not self._reserve(request, request.num_computed + wanted, plan):
             victim = max(self.running, key=lambda r: (r.order, r.is_held))
             plan.drop(victim)
@@ -170,15 +169,9 @@ class Scheduler:
     def _chunk(self, request: Request, plan: StepPlan, num_behind: int) -> int:
         """Tokens to compute now, given that each request behind may still want a row of logits."""
         wanted = min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens)
-        if self._wants_prompt_logprobs(request):
+        if request.wants_prompt_logprobs:
             wanted = min(wanted, self.limits.max_num_seqs - plan.num_samples - num_behind)
         return wanted
-
-    @staticmethod
-    def _wants_prompt_logprobs(request: Request) -> bool:
-        if request.num_computed >= request.num_prompt_tokens - 1:
-            return False
-        return request.group.params.prompt_logprobs is not None and request.index == 0
 
     def _reserve(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Gets the pages for so many tokens, all or none; a shared page that will be written is replaced by a copy."""
@@ -216,21 +209,37 @@ class Scheduler:
     def _free(self, request: Request) -> None:
         self._slots.give_back(request.slot, request.pages[: request.num_pages_sent])
         # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
-        for page in reversed(request.pages):
-            self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
+        for page in reversed(request.held_pages):
+            self._release(page)
         request.pages.clear()
-        request.num_pages_sent = request.num_pages_cached = request.num_computed = request.decodes_until = 0
+        request.num_pages_sent = request.num_pages_cached = request.num_pages_passed = 0
+        request.num_computed = request.decodes_until = 0
         request.slot = -1
         request.is_placed = request.shares_pages = False
+
+    def _release(self, page: int) -> None:
+        self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
+
+    def _release_passed(self, request: Request) -> None:
+        """Frees the pages that no layer will read any more: those before the window of the next token."""
+        if self.limits.window is None:
+            return
+        passed = max(request.num_computed + 1 - self.limits.window, 0) // self.page_size
+        if passed > request.num_pages_passed:
+            self.record_computed_pages(request)
+            for page in request.pages[request.num_pages_passed : passed]:
+                self._release(page)
+            request.num_pages_passed = passed
+            request.num_pages_cached = max(request.num_pages_cached, passed)
 
     def _add_row(self, request: Request, num_tokens: int, plan: StepPlan, num_behind: int = 0) -> None:
         start = request.num_computed
         num_targets = 0
-        if self._wants_prompt_logprobs(request):
+        if request.wants_prompt_logprobs:
             num_targets = min(start + num_tokens, request.num_prompt_tokens - 1) - start
         row = PlanRow(request, start, num_tokens, [], request.num_pages_sent, num_targets)
         if not request.is_placed:
-            self._place(request, plan)
+            plan.place(request)
         plan.rows.append(row)
         plan.num_tokens += num_tokens
         plan.num_samples += num_targets
@@ -238,32 +247,21 @@ class Scheduler:
         request.num_computed += num_tokens
         request.num_pages_sent = len(request.pages)
         if request.num_computed == request.num_tokens:
-            self._add_sample(request, row, plan)
+            plan.sample(row, request)
             if not request.needs_host:
                 request.decodes_until = min(len(request.pages) * self.page_size, request.max_num_tokens - 1)
             if request.group.unforked:
                 self._fork_group(row, plan, num_behind)
 
-    @staticmethod
-    def _place(request: Request, plan: StepPlan) -> None:
-        plan.placed.append(request)
-        request.is_placed = True
-
-    @staticmethod
-    def _add_sample(request: Request, row: PlanRow, plan: StepPlan) -> None:
-        row.samples.append(request)
-        plan.num_samples += 1
-        request.num_in_flight += 1
-
     # Forks
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a child that shares all of a running parent's pages; needs a free slot."""
-        for page in parent.pages:
+        for page in parent.held_pages:
             self.pool.share(page)
         parent.shares_pages = child.shares_pages = True
         parent.decodes_until = 0  # the page it writes next is to be copied
-        child.pages = list(parent.pages)
+        child.pages, child.num_pages_passed = list(parent.pages), parent.num_pages_passed
         child.num_computed = parent.num_computed
         child.num_cached_tokens = parent.num_cached_tokens
         child.num_pages_cached = parent.num_pages_cached
@@ -278,8 +276,8 @@ class Scheduler:
         for sibling in siblings:
             if self.num_free_slots and plan.num_samples + num_behind < self.limits.max_num_seqs:
                 self.fork(row.request, sibling)
-                self._place(sibling, plan)
-                self._add_sample(sibling, row, plan)
+                plan.place(sibling)
+                plan.sample(row, sibling)
             else:
                 self.add(sibling)
 
@@ -323,7 +321,7 @@ class Scheduler:
         return from_free <= self.pool.num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
-        if self.prefix_cache is None or self._wants_prompt_logprobs(request):
+        if self.prefix_cache is None or request.wants_prompt_logprobs:
             return []
         request.update_page_keys(self.page_size)
         # The last token is always computed: its logits are wanted.

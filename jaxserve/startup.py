@@ -21,7 +21,7 @@ from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
 from jaxserve.config import GIB, EngineConfig
 from jaxserve.engine import Engine
-from jaxserve.limits import Limits
+from jaxserve.limits import Limits, common_window
 from jaxserve.metrics import Observer
 from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.loading import (
@@ -240,6 +240,7 @@ def _scheduler(build: Build) -> Scheduler:
         max_num_seqs=buckets.max_num_seqs,
         max_num_batched_tokens=buckets.tokens[-1],
         max_page_updates=buckets.max_page_updates,
+        window=common_window(build.model.cache_specs),
     )
     pool = PagePool(build.num_pages)
     # A page alone cannot be gone on from where layers also keep a state.

@@ -79,6 +79,17 @@ class StepPlan:
             found += [SampleRow(request, row.start + row.num_tokens) for request in row.samples]
         return found
 
+    def place(self, request: Request) -> None:
+        """Notes that the request has just got its slot."""
+        self.placed.append(request)
+        request.is_placed = True
+
+    def sample(self, row: PlanRow, request: Request) -> None:
+        """A token is to be sampled for the request, from the row's last logits."""
+        row.samples.append(request)
+        self.num_samples += 1
+        request.num_in_flight += 1
+
     def drop(self, request: Request) -> None:
         """Takes out a request that is preempted after all, and what is to be sampled for it."""
         if request in self.placed:

@@ -72,7 +72,7 @@ def run(app: FastAPI, engine: AsyncEngine, sock: socket.socket, config: ServerCo
         print("error: the engine hangs; start the server again", file=sys.stderr, flush=True)
         os._exit(1)
     if server.died_s is not None:
-        raise EngineDeadError("the engine has stopped, the log says why; start the server again")
+        raise EngineDeadError(f"the engine has stopped ({engine.cause or 'the log says why'}); start the server again")
 
 
 class Server(uvicorn.Server):

@@ -123,7 +123,11 @@ class User:
             assert_greedy(prompt, output.outputs[0].token_ids, **model)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 24, "page_size": 32, "num_pages": 8}, {"recurrent": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 24, "page_size": 32, "num_pages": 8}, {"window": 24, "all_windowed": True}, {"recurrent": True}],
+    ids=str,
+)
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=30), num_pages=st.sampled_from([17, 40]), rows=st.sampled_from([2, 8]))
 def test_every_request_ends_exactly_once(options: dict[str, Any], actions: list[Any], num_pages: int, rows: int) -> None:
@@ -135,4 +139,4 @@ def test_every_request_ends_exactly_once(options: dict[str, Any], actions: list[
     while engine.has_work:
         user.step(1)
     assert not engine.scheduler.pool.num_held and not run(engine)
-    user.check(**{name: value for name, value in options.items() if name in ("window", "recurrent")})
+    user.check(**{name: value for name, value in options.items() if name in ("window", "all_windowed", "recurrent")})

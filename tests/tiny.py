@@ -15,7 +15,7 @@ from flax import nnx
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
-from jaxserve.limits import Limits
+from jaxserve.limits import Limits, common_window
 from jaxserve.models.decoder import abstract_decoder
 from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import Runtime, StateSpec, StepBatch
@@ -34,11 +34,13 @@ from jaxserve.weight_store import WeightStore
 VOCAB = 96
 
 
-def tiny_spec(window: int | None = None, recurrent: bool = False) -> DecoderSpec:
-    """Two layers of attention, the second with a window; recurrent: one between two that keep a state."""
+def tiny_spec(window: int | None = None, recurrent: bool = False, all_windowed: bool = False) -> DecoderSpec:
+    """Two layers of attention, the second with a window, or both; recurrent: one between two that keep a state."""
     mixer = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(theta=1e4, rotary_dim=16))
     layers = [LayerSpec(mixer=mixer, mlp=MlpSpec(dim=48, activation="silu"))]
     layers.append(LayerSpec(mixer=AttentionSpec(**(vars(mixer) | {"window": window})), mlp=layers[0].mlp))
+    if all_windowed:
+        layers[0] = layers[1]
     if recurrent:
         state = MambaSpec(dim=48, state_dim=4, dt_rank=3, conv_kernel=4, activation="silu")
         layers = [LayerSpec(mixer=state, mlp=None), layers[0], LayerSpec(mixer=state, mlp=layers[0].mlp)]
@@ -76,11 +78,12 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first four need programs of their own; the others are the host's own business."""
+    """The first five need programs of their own; the others are the host's own business."""
 
     page_size: int = 16
     window: int | None = None
     recurrent: bool = False
+    all_windowed: bool = False
     num_slots: int = NUM_SLOTS
     num_pages: int = NUM_PAGES
     max_num_seqs: int = 4
@@ -91,8 +94,10 @@ class TinyOptions:
 
 
 @cache
-def _programs(page_size: int, window: int | None, recurrent: bool, slots: int) -> tuple[Buckets, ProgramInputs, Programs, Any]:
-    spec = tiny_spec(window, recurrent)
+def _programs(
+    page_size: int, window: int | None, recurrent: bool, all_windowed: bool, slots: int
+) -> tuple[Buckets, ProgramInputs, Programs, Any]:
+    spec = tiny_spec(window, recurrent, all_windowed)
     apply, weights = tiny_weights(spec)
     mesh = make_mesh(1)
     shardings = Shardings(mesh)
@@ -111,16 +116,19 @@ def _programs(page_size: int, window: int | None, recurrent: bool, slots: int) -
 def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> Engine:
     """An engine; equal options share their compiled programs."""
     options = TinyOptions(**changes)
-    buckets, inputs, programs, weights = _programs(options.page_size, options.window, options.recurrent, options.num_slots)
+    buckets, inputs, programs, weights = _programs(
+        options.page_size, options.window, options.recurrent, options.all_windowed, options.num_slots
+    )
+    spec = tiny_spec(options.window, options.recurrent, options.all_windowed)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
-    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates)
+    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, common_window(inputs.cache_specs))
     cache = PrefixCache(pool) if options.prefix_caching and not options.recurrent else None
     scheduler = Scheduler(limits, pool, options.page_size, cache)
     config = EngineConfig.from_options(
         model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed, scheduling_policy=options.scheduling_policy
     )
-    store = WeightStore(tiny_names(tiny_spec(options.window, options.recurrent)), inputs.weights, weights)
+    store = WeightStore(tiny_names(spec), inputs.weights, weights)
     return Engine(
         config, scheduler, Runner(store, programs, inputs), tokenizer, vocab_size=VOCAB, weights=store, observer=observer
     )
@@ -191,21 +199,21 @@ def _dense(spec: DecoderSpec) -> Any:
     return logits
 
 
-def dense_logits(token_ids: list[int], window: int | None = None, recurrent: bool = False) -> np.ndarray:
+def dense_logits(
+    token_ids: list[int], window: int | None = None, recurrent: bool = False, all_windowed: bool = False
+) -> np.ndarray:
     """[len(token_ids), V]: the oracle's logits."""
     padded = np.zeros(256, np.int32)
     padded[: len(token_ids)] = token_ids
-    return np.asarray(_dense(tiny_spec(window, recurrent))(jnp.asarray(padded)))[: len(token_ids)]
+    return np.asarray(_dense(tiny_spec(window, recurrent, all_windowed))(jnp.asarray(padded)))[: len(token_ids)]
 
 
-def assert_greedy(
-    prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3, recurrent: bool = False
-) -> None:
+def assert_greedy(prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3, **model: bool) -> None:
     """Each output token is the oracle's best, up to near-ties of the logits."""
-    logits = dense_logits(prompt + output, window, recurrent)[len(prompt) - 1 : -1]
+    logits = dense_logits(prompt + output, window, **model)[len(prompt) - 1 : -1]
     chosen = logits[np.arange(len(output)), output]
     assert np.all(chosen >= logits.max(axis=-1) - near_tie), f"not the oracle's tokens: {output} != {logits.argmax(-1)}"
 
 
 def compiled_programs() -> Programs:
-    return _programs(16, None, False, NUM_SLOTS)[2]
+    return _programs(16, None, False, False, NUM_SLOTS)[2]

@@ -79,6 +79,7 @@ class FakeEngine:
         self.reply = reply or (lambda prompt, i: f"{prompt}!{i}" if i else prompt)
         self.default_sampling: dict[str, Any] = {"temperature": 0.6, "top_k": 20}
         self.is_healthy = True
+        self.cause: str | None = None
         self.stalled_s = 0.0
         self.queue_limit = 64
         self.hold = False

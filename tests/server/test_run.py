@@ -10,14 +10,18 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 
-from jaxserve.errors import ConfigError
+from jaxserve.async_engine import AsyncEngine
+from jaxserve.errors import ConfigError, EngineDeadError
+from jaxserve.server.app import create_app
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.run import bind, url_of
+from jaxserve.server.run import bind, run, url_of
+from tests.tiny import tiny_engine
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = textwrap.dedent("""
@@ -159,3 +163,29 @@ def test_url(host: str, shown: str | None) -> None:
 def test_bad_options(bad: dict[str, int | str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         ServerConfig(**bad)
+
+
+def test_two_failed_steps_in_a_row_end_the_server_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: a runner that raises, the engine, its thread, a client that waits, the process's last words."""
+    engine = tiny_engine()
+
+    def fail(plan: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.runner, "dispatch", fail)
+    served, config = AsyncEngine(engine), ServerConfig(port=0)
+    replies: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        replies.append(httpx.post(f"{url}/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 5}, timeout=20))
+
+    clients = []
+
+    def on_ready(url: str) -> None:
+        clients.append(threading.Thread(target=ask, args=(url,)))
+        clients[0].start()
+
+    with pytest.raises(EngineDeadError, match="2 steps failed in a row; the last: injected"):
+        run(create_app(served, config), served, bind(config), config, on_ready)
+    clients[0].join(20)
+    assert replies[0].status_code >= 500 and "injected" in replies[0].text
