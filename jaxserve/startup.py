@@ -133,8 +133,10 @@ def build_engine(
         ModelLoadError: the model's files are missing, malformed or of an unknown architecture.
     """
     use_compile_cache(config.compile)
-    source = open_source(config.model.model, config.model.load_format)
-    tokenizer = _load_tokenizer(config, source)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(jax.devices)  # a GPU takes seconds to be ready, as long as the config takes to be read
+        source = open_source(config.model.model, config.model.load_format)
+        tokenizer = _load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
         _build_replica(

@@ -31,14 +31,19 @@ class Norm(nnx.Module):
         self.bias = parameter(shape, axes, dtype) if spec.bias else None
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        over = tuple(range(-self.num_axes, 0))
         y = x.astype(jnp.float32)
         if self.spec.kind == "layer":
-            y -= jnp.mean(y, axis=over, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.spec.eps)
+            y -= jnp.mean(y, axis=tuple(range(-self.num_axes, 0)), keepdims=True)
+        return self.gained(y * self.scale(y)).astype(x.dtype)
+
+    def scale(self, x: Float[Array, "*rows D"]) -> Float[Array, ...]:
+        """What makes the mean of each row's squares 1, its normalised axes kept as 1."""
+        squares = jnp.square(x.astype(jnp.float32))
+        return jax.lax.rsqrt(jnp.mean(squares, axis=tuple(range(-self.num_axes, 0)), keepdims=True) + self.spec.eps)
+
+    def gained(self, y: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """The gain and the bias of each dimension applied to normalised rows."""
         gain, bias = value(self.weight), value(self.bias)
         if gain is not None:
             y *= gain.astype(jnp.float32) + (1.0 if self.spec.unit_offset else 0.0)
-        if bias is not None:
-            y += bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return y if bias is None else y + bias.astype(jnp.float32)

@@ -75,5 +75,9 @@ def rotate(x: Float[Array, "T heads H"], by: Rotation, interleaved: bool = False
         first, second = turned[..., 0::2], turned[..., 1::2]
         turned = jnp.stack((first * cos - second * sin, second * cos + first * sin), axis=-1).reshape(turned.shape)
         return jnp.concatenate((turned, rest), axis=-1).astype(x.dtype)
+    if x.shape[-1] == 2 * half:  # without concatenation, which XLA makes a slow GPU kernel of
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
+        turned = pairs * cos[..., None, :] + jnp.flip(pairs, -2) * jnp.stack((-sin, sin), axis=-2)
+        return turned.reshape(x.shape).astype(x.dtype)
     first, second, rest = (part.astype(jnp.float32) for part in jnp.split(x, (half, 2 * half), axis=-1))
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1).astype(x.dtype)
