@@ -80,6 +80,9 @@ class Scheduler:
         plan = StepPlan()
         preemptions = self.num_preemptions
         wanted = [(r.num_to_compute, r) for r in self._plan_decodes(plan)]
+        waiting = sum(len(r.token_ids) for r in self.waiting[: self.num_free_slots])  # prefix hits are not known yet
+        demand = plan.num_tokens + sum(n for n, _ in wanted) + waiting
+        plan.token_budget = self.limits.token_budget(plan.num_tokens + len(wanted), demand)
         order = [r for n, r in wanted if n == 1] + [r for n, r in wanted if n > 1]
         for num_behind, request in zip(range(len(order) - 1, -1, -1), order, strict=True):
             self._continue(request, plan, num_behind)
@@ -168,7 +171,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, plan: StepPlan, num_behind: int) -> int:
         """Tokens to compute now, given that each request behind may still want a row of logits."""
-        wanted = min(request.num_to_compute, self.limits.max_num_batched_tokens - plan.num_tokens)
+        wanted = min(request.num_to_compute, plan.token_budget - plan.num_tokens)
         if request.wants_prompt_logprobs:
             wanted = min(wanted, self.limits.max_num_seqs - plan.num_samples - num_behind)
         return wanted
@@ -295,7 +298,7 @@ class Scheduler:
         while position < len(self.waiting) and len(passed) < MAX_LOOKED_AT:
             if not self.num_free_slots or plan.num_samples >= self.limits.max_num_seqs:
                 break
-            if plan.num_tokens >= self.limits.max_num_batched_tokens:
+            if plan.num_tokens >= plan.token_budget:
                 break
             request = self.waiting[position]
             if request.is_held:

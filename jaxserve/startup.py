@@ -243,6 +243,7 @@ def _scheduler(build: Build) -> Scheduler:
         max_num_batched_tokens=buckets.tokens[-1],
         max_page_updates=buckets.max_page_updates,
         window=common_window(build.model.cache_specs),
+        token_sizes=buckets.tokens,
     )
     pool = PagePool(build.num_pages)
     # A page alone cannot be gone on from where layers also keep a state.

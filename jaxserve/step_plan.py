@@ -51,6 +51,7 @@ class StepPlan:
         grown: those of them that have got one more page.
         rows: all other requests of the step.
         placed: requests that have just got their slot.
+        token_budget: what num_tokens may come to.
         page_copies: (from, to) pages to copy before the step.
         forks: (from, to) slots: before the step, the second goes on from where the first is; all at once.
     """
@@ -60,6 +61,7 @@ class StepPlan:
     rows: list[PlanRow] = field(default_factory=list)
     placed: list[Request] = field(default_factory=list)
     num_tokens: int = 0
+    token_budget: int = 0
     num_samples: int = 0
     num_page_updates: int = 0
     page_copies: list[tuple[int, int]] = field(default_factory=list)

@@ -83,3 +83,29 @@ def test_a_slot_keeps_its_table() -> None:
     scheduler.reset()
     assert scheduler.schedule() is not None
     assert fork(scheduler, parent, 5).num_pages_sent == 0
+
+
+def test_a_step_is_cut_to_a_program_that_it_fills() -> None:
+    limits = Limits(8, max_num_batched_tokens=8192, max_page_updates=64, token_sizes=(512, 2048, 8192))
+    assert limits.token_budget(256, 500) == 512
+    assert limits.token_budget(256, 556) == 512, "2,048 would be three quarters padding"
+    assert limits.token_budget(256, 1024) == 2048
+    assert limits.token_budget(256, 4000) == 2048
+    assert limits.token_budget(513, 556) == 2048, "what must run does not fit the smaller one"
+    assert limits.token_budget(1, 100_000) == 8192
+    assert limits.token_budget(0, 3) == 512
+    assert Limits(8, 32, 64).token_budget(1, 20) == 32
+
+
+def test_what_a_step_leaves_over_runs_in_the_next() -> None:
+    limits = Limits(8, max_num_batched_tokens=64, max_page_updates=64, token_sizes=(16, 64))
+    scheduler = Scheduler(limits, PagePool(64), PAGE_SIZE)
+    group = RequestGroup("long", list(range(20)), SamplingParams(), max_output_tokens=8, stop_ids=frozenset())
+    request = Request(group, 0, 0, (0, 0))
+    scheduler.add(request)
+    sizes = []
+    while request.num_computed < 20:
+        plan = scheduler.schedule()
+        assert plan is not None
+        sizes.append(plan.num_tokens)
+    assert sizes == [16, 4]

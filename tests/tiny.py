@@ -122,7 +122,8 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
     spec = tiny_spec(options.window, options.recurrent, options.all_windowed)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
-    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, common_window(inputs.cache_specs))
+    sizes = tuple(n for n in buckets.tokens if n <= options.max_num_batched_tokens)
+    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, common_window(inputs.cache_specs), sizes)
     cache = PrefixCache(pool) if options.prefix_caching and not options.recurrent else None
     scheduler = Scheduler(limits, pool, options.page_size, cache)
     config = EngineConfig.from_options(

@@ -108,7 +108,7 @@ def _make_engine(cost: CostModel, clock: Clock, recorder: Recorder) -> Engine:
     pages_per_slot = -(-cost.max_model_len // cost.page_size)
     buckets = choose_buckets(cost.platform, cost.max_num_seqs, cost.max_num_batched_tokens, pages_per_slot, cost.page_size)
     pool = PagePool(cost.num_pages)
-    limits = Limits(cost.max_num_seqs, cost.max_num_batched_tokens, buckets.max_page_updates)
+    limits = Limits(cost.max_num_seqs, cost.max_num_batched_tokens, buckets.max_page_updates, token_sizes=buckets.tokens)
     cache = PrefixCache(pool) if cost.enable_prefix_caching else None
     scheduler = Scheduler(limits, pool, cost.page_size, cache)
     runner = SimulatedRunner(cost, buckets, clock, partial(recorder.on_dispatch, scheduler))
