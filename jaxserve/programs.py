@@ -51,6 +51,7 @@ class Program:
     Attributes:
         key: what chooses it (PlanShape, (rows, Mode) or a name).
         donated: numbers of the arguments that its results take the place of.
+        results: their abstract values, where the arguments do not tell them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Program:
     donated: tuple[int, ...]
     out_shardings: Any
     options: CompilerOptions = field(default_factory=dict)
+    results: Any = None
 
     def jitted(self, function: Callable[..., Any] | None = None) -> jax.stages.Wrapped:
         """The function, or one in its place, with what is donated and where results go."""
@@ -217,7 +219,8 @@ def _reset(inputs: ProgramInputs) -> Program:
     def reset() -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
-    return Program("reset", "reset", reset, (), donated=(), out_shardings=jax.tree.map(lambda x: x.sharding, state))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return Program("reset", "reset", reset, (), donated=(), out_shardings=shardings, results=state)
 
 
 def compile_programs(

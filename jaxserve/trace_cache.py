@@ -70,7 +70,7 @@ class TraceCache:
 
     def _path(self, program: Program, platform: str) -> Path:
         key = self._key.copy()
-        leaves, tree = jax.tree.flatten((program.arguments, program.out_shardings))
+        leaves, tree = jax.tree.flatten((program.arguments, program.results, program.out_shardings))
         described = (
             program.name,
             program.key,
