@@ -13,7 +13,7 @@ PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.
 CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-clients soak check docs clean
+.PHONY: help serve chat test test-extra test-clients soak check docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,14 +24,17 @@ serve: $(READY) ## serve MODEL (smollm2) at http://localhost:8000, with a chat p
 chat: $(READY) ## talk to MODEL (smollm2) in the terminal
 	$(BIN)/jaxserve chat $(MODEL) $(ARGS)
 
-test: $(READY) ## all tests; ARGS='tests/test_engine.py' for some
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+test: $(READY) ## the tests; ARGS='tests/test_engine.py' for some
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not extra" $(ARGS)
+
+test-extra: $(READY) ## more of the same kind: other sizes and numbers of devices
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m extra $(ARGS)
 
 check: $(READY) ## what must pass before a commit: format, lint, types, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not extra" $(ARGS)
 
 test-clients: $(READY) ## litellm, LangChain, lm-eval and FastChat, each in a venv of its own, against SmolLM2
 	for name in clients lmeval fastchat; do \

@@ -97,16 +97,14 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
     stage = runner.programs.named("stage")
     forward, sample = runner.programs.forward(shape), runner.programs.sample(shape.num_samples, Mode.GREEDY)
     last, packed, results = runner._last_tokens, runner._packed, runner._results[shape.num_samples]
-    read = runner._tokens_read[shape.num_samples].pop()
 
     def loop(count: int) -> float:
-        nonlocal state, last, packed, results, read
+        nonlocal state, last, packed, results
         start = time.perf_counter()
         for _ in range(count):
             packed = stage(runner._send(buffer.packed), packed)
             state, results = forward(runner._weights.arrays, state, last, packed, results)
-            last, _, out = sample(results, last, None, read)
-            read = out["tokens"]
+            last, _, _ = sample(results, last, None)
         jax.block_until_ready(last)
         return (time.perf_counter() - start) / count * 1000
 
@@ -122,7 +120,6 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
             loop(5)
     runner._state, runner._last_tokens, runner._packed = state, last, packed
     runner._results[shape.num_samples] = results
-    runner._tokens_read[shape.num_samples].append(read)
     return result
 
 

@@ -20,8 +20,6 @@ from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
 from jaxserve.trace_cache import TraceCache
 
-STEPS_UNDER_WAY = 2  # the host reads a step's tokens while the next runs
-
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): what start-up reports."""
 
@@ -181,9 +179,8 @@ def _sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> Program:
             inputs.results(num_samples),
             inputs.last_tokens,
             inputs.shaping if mode.needs_shaping else None,
-            inputs.array((num_samples,)),
         ),
-        donated=(1, 2, 3),
+        donated=(1, 2),
         out_shardings=inputs.shardings.replicated,
     )
 
@@ -211,10 +208,9 @@ def _copies(name: str, inputs: ProgramInputs, chosen: tuple[bool, ...]) -> Progr
 
 
 def _reset(inputs: ProgramInputs) -> Program:
-    """Makes all that stays on the device between steps: pool and page tables, last tokens, shaping, plan, results and tokens."""
+    """Makes all that stays on the device between steps: pool and page tables, last tokens, shaping, plan, results by size."""
     results = [inputs.results(n) for n in inputs.buckets.samples]
-    tokens = [[inputs.array((n,))] * STEPS_UNDER_WAY for n in inputs.buckets.samples]
-    state = (inputs.state, inputs.last_tokens, inputs.shaping, inputs.packed, results, tokens)
+    state = (inputs.state, inputs.last_tokens, inputs.shaping, inputs.packed, results)
 
     def reset() -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)

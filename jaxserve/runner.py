@@ -46,13 +46,11 @@ class Runner:
 
     def _make_state(self) -> None:
         fresh = self.programs.named("reset")()
-        self._state, self._last_tokens, self._shaping, self._packed, results, tokens = fresh
+        self._state, self._last_tokens, self._shaping, self._packed, results = fresh
         self._results = dict(zip(self.buckets.samples, results, strict=True))
-        self._tokens_read = dict(zip(self.buckets.samples, tokens, strict=True))
 
     def _delete_state(self) -> None:
-        state = (self._state, self._last_tokens, self._shaping, self._packed, self._results, self._tokens_read)
-        for array in jax.tree.leaves(state):
+        for array in jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results)):
             array.delete()
 
     def dispatch(self, plan: StepPlan) -> InFlight:
@@ -81,12 +79,7 @@ class Runner:
 
     def collect(self, step: InFlight) -> StepResults:
         """Waits for a step's results."""
-        results: StepResults = {name: np.asarray(output) for name, output in step.outputs.items()}
-        if "tokens" in results:
-            tokens = step.outputs["tokens"]
-            results["tokens"] = np.array(tokens)  # on a CPU, np.asarray would only look at them
-            self._tokens_read[len(tokens)].append(tokens)  # a later step's take their place
-        return results
+        return {name: np.asarray(output) for name, output in step.outputs.items()}
 
     def set_shaping(self, request: Request) -> None:
         """Writes the request's penalties and biases to its slot."""
@@ -107,8 +100,7 @@ class Runner:
         mode = MODES[max([request.mode_rank for request in sampled])]
         program = self.programs.sample(num_samples, mode)
         shaping = self._shaping if mode.needs_shaping else None
-        before = self._tokens_read[num_samples].pop()
-        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping, before)
+        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
         if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
             del outputs["all_logprobs"]
@@ -132,15 +124,21 @@ def abstract_state(
     pages_per_slot: int,
     dtype: jnp.dtype,
     to: Shardings,
+    *,
+    kv_dtype: jnp.dtype | None = None,
 ) -> DeviceState:
-    """Shapes and shardings of the state, without allocating it."""
+    """Shapes and shardings of the state, without allocating it.
+
+    Args:
+        dtype: of recurrent states that ask for none, and of pages where kv_dtype does not say otherwise.
+    """
 
     def cache(spec: AnyCacheSpec) -> Any:
         if isinstance(spec, StateSpec):
             shape = (num_slots, *spec.shape)
             return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=to.of((None, *spec.axes), shape))
         sharding = to.kv_pages if spec.is_sharded else to.replicated
-        return jax.ShapeDtypeStruct(spec.pages_shape(num_pages, page_size), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(spec.pages_shape(num_pages, page_size), kv_dtype or dtype, sharding=sharding)
 
     tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
     return DeviceState(tuple(map(cache, specs)), tables)

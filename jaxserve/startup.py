@@ -103,7 +103,14 @@ class Build:
         assert self.config.scheduler.max_num_seqs is not None
         slots = self.config.scheduler.max_num_seqs
         state = abstract_state(
-            self.model.cache_specs, self.num_pages, self.page_size, slots, self.pages_per_slot, self.kv_dtype, self.shardings
+            self.model.cache_specs,
+            self.num_pages,
+            self.page_size,
+            slots,
+            self.pages_per_slot,
+            self.dtype,
+            self.shardings,
+            kv_dtype=self.kv_dtype,
         )
         weights = tuple(
             jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
@@ -116,7 +123,8 @@ class Build:
 
     def _traces(self) -> TraceCache | None:
         folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]
-        if not folder or find_spec("flatbuffers") is None:  # jax.export writes with it
+        # On a CPU tracing is quick, and tracing for the cache takes longer: SmolLM2's first start 39 s against 33, the second alike.
+        if self.runtime.platform == "cpu" or not folder or find_spec("flatbuffers") is None:  # jax.export writes with that
             return None
         maker = (self.model.spec, self.runtime, self.shardings.mesh.shape, device.device_kind, self.buckets())
         return TraceCache(Path(folder) / "traces", repr(maker))

@@ -82,15 +82,10 @@ def sample(
     results: ForwardResults,
     last_tokens: Int[Array, " slots"],
     shaping: Shaping | None,
-    before: Int[Array, " S"] | None = None,
     *,
     mode: sampler.Mode,
 ) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
     """Samples each row and keeps its token by slot for the next forward.
-
-    Args:
-        before: tokens of a step that the host has read, only to be donated: a buffer that comes and goes between two forwards
-            would move the temporary memory of the second (see `forward` on addresses).
 
     Returns:
         last_tokens with the new tokens, the shaping state after them, and what the host reads: see sampler.sample.

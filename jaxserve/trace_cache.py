@@ -1,7 +1,7 @@
-"""Traced programs, kept as StableHLO beside the compile cache: a second start traces nothing in Python.
+"""Traced programs, kept as StableHLO beside the compile cache: a second start on an accelerator traces nothing.
 
 Tracing is most of a second start: 16 s for Qwen3-0.6B's 25 programs, the compiled ones being at hand. An entry is found by the
-source code of this package, jax's version, the program's arguments and whatever else its maker names, so no stale one is ever used.
+source code of this package, jax's version and settings, the program's arguments and whatever else its maker names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PLATFORMS = {"gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}
+_KEPT_S = 30 * 24 * 3600  # since its last use; every change of the code or the options makes new entries
 _CUSTOM_CALLS = ("mosaic_gpu_v2", "AllocateBuffer", "tpu_custom_call")  # not promised to stay; the jax version is in the key
 
 
@@ -52,7 +54,9 @@ class TraceCache:
     def __init__(self, folder: Path, maker: str) -> None:
         """maker: all that the programs depend on besides code and arguments, such as the model's spec."""
         self._folder = folder
-        self._key = hashlib.sha256(f"{jax.__version__} {version('jaxlib')} {_code()} {maker}".encode())
+        made_by = (jax.__version__, version("jaxlib"), _code(), sorted(jax.config.values.items()), maker)
+        self._key = hashlib.sha256(repr(made_by).encode())
+        _drop_old(folder)
 
     def lower(self, program: Program, platform: str) -> jax.stages.Lowered:
         """Traces and lowers a program, or takes it from the folder."""
@@ -102,9 +106,20 @@ def _code() -> str:
     return digest.hexdigest()
 
 
+def _drop_old(folder: Path) -> None:
+    """Removes what no start has asked for in a month."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob("*.stablehlo"):
+            if path.stat().st_mtime < time.time() - _KEPT_S:
+                path.unlink()
+
+
 def _read(path: Path) -> export.Exported | None:
     try:
-        return export.deserialize(bytearray(path.read_bytes()))
+        data = bytearray(path.read_bytes())
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return export.deserialize(data)
     except FileNotFoundError:
         return None
     except Exception as error:  # noqa: BLE001  a damaged file raises whatever its parser meets; the program is traced instead

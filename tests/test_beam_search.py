@@ -99,7 +99,7 @@ def test_finds_what_transformers_finds(name: str, tmp_path: Path) -> None:
         assert_as_reference(outputs[request_id], case)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_smollm2_finds_what_transformers_finds(smollm2_path: Path) -> None:
     cases = [case for case in REFERENCE if case["model"] == "smollm2"]
     assert len(cases) >= 4

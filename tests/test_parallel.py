@@ -23,6 +23,8 @@ from jaxserve.programs import ProgramReport, Programs
 from jaxserve.sharding import Shardings, kv_repeat, make_mesh, make_meshes
 from tests.goldens import cases
 
+pytestmark = pytest.mark.usefixtures("nothing_kept_compiled")
+
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, FFN, LAYERS = 8, 2, 8, 32, 48, 2
 PROMPTS = [[3, 1, 4, 1, 5, 9], list(range(10, 50)), [7], [60, 61] * 9, list(range(100, 120))]
 
@@ -68,15 +70,17 @@ def generate(model: Path, **options: Any) -> list[list[int]]:
         return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_the_same_tokens_on_any_number_of_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [((2, 1), (8, 1), (1, 2)), pytest.param(((4, 1), (2, 2)), marks=pytest.mark.extra)])
+def test_the_same_tokens_on_any_number_of_devices(sizes: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
     """(tensor_parallel_size, data_parallel_size); 8 devices hold each of the 2 kv heads four times."""
     model = write_model(tmp_path, 160)
     alone = generate(model)
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
-    for tensor, data in ((2, 1), (4, 1), (8, 1), (1, 2), (2, 2)):
+    for tensor, data in sizes:
         assert generate(model, tensor_parallel_size=tensor, data_parallel_size=data) == alone, (tensor, data)
 
 
+@pytest.mark.extra
 def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
     model = write_model(tmp_path, 161)
     assert generate(model, tensor_parallel_size=2) == generate(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,31 @@ def test_a_second_start_traces_nothing_and_gives_the_same(tmp_path: Path) -> Non
     TraceCache(tmp_path, "another model").lower(program(3, calls), "cpu")
     TraceCache(tmp_path, "model").lower(program(4, calls), "cpu")
     assert calls == [3, 3, 4]
+
+
+def test_what_nobody_has_asked_for_in_a_month_goes(tmp_path: Path) -> None:
+    calls: list[int] = []
+    cache = TraceCache(tmp_path, "model")
+    for size in (3, 4):
+        cache.lower(program(size, calls), "cpu")
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    cache.lower(program(3, calls), "cpu")  # asked for again
+    TraceCache(tmp_path, "model")
+    assert len(list(tmp_path.iterdir())) == 1
+    cache.lower(program(3, calls), "cpu")
+    assert calls == [3, 4]
+
+
+def test_other_settings_of_jax_are_another_entry(tmp_path: Path) -> None:
+    calls: list[int] = []
+    TraceCache(tmp_path, "model").lower(program(3, calls), "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        TraceCache(tmp_path, "model").lower(program(3, calls), "cpu")
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+    assert calls == [3, 3]
 
 
 def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

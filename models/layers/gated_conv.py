@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.layers.short_conv import short_conv
+from jaxserve.models.layers.short_conv import short_conv, taps
 from jaxserve.models.recurrent_spec import ShortConvSpec
 
 
@@ -26,7 +26,7 @@ class GatedConv(nnx.Module):
         self.d_model, self.kernel = d_model, spec.conv_kernel
         self.into = weight((d_model, 3, d_model), ("embed", None, "ffn"), dtype)
         self.into_bias = parameter((3, d_model), (None, "ffn"), dtype) if spec.bias else None
-        self.conv = weight((spec.conv_kernel, d_model), (None, "ffn"), dtype)
+        self.conv = taps((spec.conv_kernel, d_model), (None, "ffn"), dtype)
         self.conv_bias = parameter((d_model,), ("ffn",), dtype) if spec.bias else None
         self.out = weight((d_model, d_model), ("ffn", "embed"), dtype)
         self.out_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None

@@ -15,7 +15,7 @@ from jaxserve.models.layers import recurrence
 from jaxserve.models.layers.linear import linear, parameter, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.layers.short_conv import short_conv
+from jaxserve.models.layers.short_conv import short_conv, taps
 from jaxserve.models.recurrent_spec import GatedDeltaSpec
 
 CHUNK = 64  # tokens whose updates are solved for together
@@ -61,8 +61,8 @@ class GatedDelta(nnx.Module):
         self.qk = weight((d_model, 2, *keys), ("embed", None, "heads", None), dtype)
         self.vz = weight((d_model, 2, *values), ("embed", None, "heads", None, None), dtype)
         self.ba = weight((d_model, 2, *heads), ("embed", None, "heads", None), dtype)
-        self.conv_qk = weight((spec.conv_kernel, 2, *keys), (None, None, "heads", None), dtype)
-        self.conv_v = weight((spec.conv_kernel, *values), (None, "heads", None, None), dtype)
+        self.conv_qk = taps((spec.conv_kernel, 2, *keys), (None, None, "heads", None), dtype)
+        self.conv_v = taps((spec.conv_kernel, *values), (None, "heads", None, None), dtype)
         self.dt_bias = parameter(heads, ("heads", None), jnp.float32)
         self.a_log = parameter(heads, ("heads", None), jnp.float32)
         self.norm = parameter((spec.value_dim,), (None,), dtype, mean=1.0)

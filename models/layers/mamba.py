@@ -14,7 +14,7 @@ from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.layers.short_conv import short_conv
+from jaxserve.models.layers.short_conv import short_conv, taps
 from jaxserve.models.recurrent_spec import MambaSpec
 
 CHUNK = 32  # tokens whose states are in memory at once: C x channels x state_dim values
@@ -41,7 +41,7 @@ class Mamba(nnx.Module):
         dim, state, rank = spec.dim, spec.state_dim, spec.dt_rank
         self.into = weight((d_model, 2, dim), ("embed", None, "ffn"), dtype)
         self.into_bias = parameter((2, dim), (None, "ffn"), dtype) if spec.proj_bias else None
-        self.conv = weight((spec.conv_kernel, dim), (None, "ffn"), dtype)
+        self.conv = taps((spec.conv_kernel, dim), (None, "ffn"), dtype)
         self.conv_bias = parameter((dim,), ("ffn",), dtype) if spec.conv_bias else None
         self.select = weight((dim, rank + 2 * state), ("ffn", None), dtype)
         self.dt_proj = weight((rank, dim), (None, "ffn"), dtype)

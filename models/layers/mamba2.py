@@ -13,7 +13,7 @@ from jaxserve.models.layers import decayed_attention, recurrence
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.layers.short_conv import short_conv
+from jaxserve.models.layers.short_conv import short_conv, taps
 from jaxserve.models.recurrent_spec import Mamba2Spec
 
 
@@ -43,8 +43,8 @@ class Mamba2(nnx.Module):
         self.zx_bias = parameter((2, *heads), (None, *head_axes), dtype) if spec.in_bias else None
         self.bc_bias = parameter(groups, group_axes, dtype) if spec.in_bias else None
         self.dt_in_bias = parameter((spec.num_heads,), ("heads",), dtype) if spec.in_bias else None
-        self.conv_x = weight((spec.conv_kernel, *heads), (None, *head_axes), dtype)
-        self.conv_bc = weight((spec.conv_kernel, *groups), (None, *group_axes), dtype)
+        self.conv_x = taps((spec.conv_kernel, *heads), (None, *head_axes), dtype)
+        self.conv_bc = taps((spec.conv_kernel, *groups), (None, *group_axes), dtype)
         self.conv_x_bias = parameter(heads, head_axes, dtype) if spec.conv_bias else None
         self.conv_bc_bias = parameter(groups, group_axes, dtype) if spec.conv_bias else None
         self.dt_bias = parameter((spec.num_heads,), ("heads",), jnp.float32)

@@ -13,7 +13,7 @@ from jaxserve.models.layers import recurrence
 from jaxserve.models.layers.linear import linear, parameter, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.rope import Rotation
-from jaxserve.models.layers.short_conv import short_conv
+from jaxserve.models.layers.short_conv import short_conv, taps
 from jaxserve.models.recurrent_spec import RgLruSpec
 
 CHUNK = 128
@@ -37,7 +37,7 @@ class RgLru(nnx.Module):
         block = spec.width // spec.num_blocks
         self.into = weight((d_model, 2, spec.width), ("embed", None, "ffn"), dtype)
         self.into_bias = parameter((2, spec.width), (None, "ffn"), dtype)
-        self.conv = weight((spec.conv_kernel, spec.width), (None, "ffn"), dtype)
+        self.conv = taps((spec.conv_kernel, spec.width), (None, "ffn"), dtype)
         self.conv_bias = parameter((spec.width,), ("ffn",), dtype)
         self.gates = parameter((2, spec.num_blocks, block, block), (None, "heads", None, None), dtype, std=block**-0.5)
         self.gates_bias = parameter((2, spec.num_blocks, block), (None, "heads", None), dtype)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import StepBatch
+from jaxserve.models.interface import LogicalAxes, StepBatch
+from jaxserve.models.layers.linear import parameter
 from jaxserve.models.layers.recurrence import read_states, token_rows, write_states
+
+
+def taps(shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike) -> nnx.Param[jax.Array]:
+    """A convolution's parameter, [K, ...]. No matmul's `weight`: it is never quantised."""
+    return parameter(shape, axes, dtype, std=shape[0] ** -0.5)
 
 
 def short_conv(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,11 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, step
 from jaxserve.errors import ConfigError
+from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.layers.linear import linear
 from jaxserve.models.layers.quantized import FP8, Fp8Weight, quantize_fp8
 from jaxserve.models.loading import describe_model, load_weights, open_source
+from jaxserve.plan import PlanShape
+from jaxserve.runner import abstract_state
 from jaxserve.sharding import Shardings, make_mesh
 from tests.goldens import cases
 from tests.models.forward import forward, one_device
@@ -72,6 +77,37 @@ def test_matmuls_of_the_layers_are_quantised_and_nothing_else(checkpoint: Path) 
     assert quantised == {"mixer.qkv", "mixer.out", "mlp.up", "mlp.down"}
 
 
+MIXERS = (
+    "mamba",
+    "mamba2",
+    "rwkv",
+    "minimax",
+    "qwen3_next",
+    "recurrent_gemma",
+    "lfm2",
+    "zamba2",
+    "deepseek_v2",
+    "gpt_oss",
+    "doge",
+)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_kind_of_layer_takes_quantised_weights(name: str, tmp_path: Path) -> None:
+    """What is quantised is read by `linear` alone."""
+    (tmp_path / "config.json").write_text(json.dumps(cases.read_config(name)))
+    model = describe_model(open_source(str(tmp_path), "dummy"), dtype=jnp.float32, quantization="fp8")
+    mesh, shape = make_mesh(1), PlanShape(4, 4, 4, 8)
+    state = abstract_state(model.cache_specs, 8, 16, 4, 2, jnp.dtype(jnp.float32), Shardings(mesh), kv_dtype=jnp.dtype(FP8))
+    for cache, spec in zip(state.caches, model.cache_specs, strict=True):
+        assert (cache.dtype == FP8) == (not isinstance(spec, StateSpec)), "only pages are of 8 bits"
+    forward = partial(step.forward, apply_model=model.apply, runtime=Runtime("cpu", mesh), shape=shape, page_size=16)
+    last_tokens, packed = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (4, shape.size))
+    _, results = jax.eval_shape(forward, model.abstract, state, last_tokens, packed)
+    assert any(p.contract is not None for p in model.parameters) and results.logits.shape == (4, model.vocab_size)
+
+
+@pytest.mark.usefixtures("nothing_kept_compiled")
 def test_quantising_on_two_devices_gives_the_same_weights(checkpoint: Path) -> None:
     source = open_source(str(checkpoint))
     model = describe_model(source, dtype=jnp.float32, quantization="fp8")
@@ -82,6 +118,7 @@ def test_quantising_on_two_devices_gives_the_same_weights(checkpoint: Path) -> N
     assert any(len({s.index for s in w.addressable_shards}) == 2 for w in shared if w.dtype == FP8), "nothing was cut"
 
 
+@pytest.mark.usefixtures("nothing_kept_compiled")
 def test_an_engine_serves_fp8_at_one_and_two_devices(checkpoint: Path) -> None:
     """Weights, activations and pages of 8 bits."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
