@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,8 @@ from jaxserve.models.layers.linear import linear, parameter, value
 from jaxserve.models.layers.mlp import Mlp, activate
 from jaxserve.models.layers.router import route
 from jaxserve.models.spec import MoeSpec
+from jaxserve.pallas_kernels.grouped_matmul import choose_block, group_rows, grouped_matmul
+from jaxserve.pallas_kernels.paged_attention import Implementation
 
 
 class Moe(nnx.Module):
@@ -54,7 +58,8 @@ class Moe(nnx.Module):
             self.experts_down.get_value(),
             value(self.experts_down_bias),
         )
-        sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else self._sorted_by_expert
+        by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
+        sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert
         out = runtime.over_experts(sum_experts, (x, weights.astype(x.dtype), experts), arrays)
         if self.shared is not None:
             shared = self.shared(x)
@@ -100,29 +105,25 @@ class Moe(nnx.Module):
         up_bias: Float[Array, "E parts F"] | None,
         down: Float[Array, "E F D"],
         down_bias: Float[Array, "E D"] | None,
+        *,
+        implementation: Implementation,
     ) -> Float[Array, "T D"]:
         """The part of the sum that experts `first` to first + E give. Tokens are sorted by expert, so each is read once."""
-        num, (num_tokens, top_k) = up.shape[0], experts.shape
-        expert = experts.reshape(-1) - first
-        expert = jnp.where((expert >= 0) & (expert < num), expert, num)  # the last ones are of other devices, or of nobody
-        order = jnp.argsort(expert)
-        expert, token, weight_of = expert[order], order // top_k, weights.reshape(-1)[order][:, None]
-        sizes = jnp.sum(expert[:, None] == jnp.arange(num), axis=0, dtype=jnp.int32)
-        rows = x[token]
+        num, top_k = up.shape[0], experts.shape[1]
+        block = choose_block(experts.size, num, implementation)
+        groups = group_rows(experts.reshape(-1) - first, num, block)  # other experts are of other devices, or of nobody
+        rows = x[groups.source // top_k]
         if self.spec.weight_on_input:
-            rows *= weight_of
-        hidden = _grouped(rows, up.reshape(num, up.shape[1], -1), sizes)
+            rows *= weights.reshape(-1)[groups.source][:, None]
+        hidden = grouped_matmul(rows, up.reshape(num, up.shape[1], -1), groups, implementation)
         if up_bias is not None:
-            hidden += up_bias.reshape(num, -1).at[expert].get(mode="clip")
+            hidden += up_bias.reshape(num, -1)[groups.of_row]
         hidden = activate(self.spec.expert, hidden.reshape(hidden.shape[0], *up.shape[2:]))
-        out = _grouped(hidden, down, sizes)
+        out = grouped_matmul(hidden, down, groups, implementation)
         if down_bias is not None:
-            out += down_bias.at[expert].get(mode="clip")
-        if not self.spec.weight_on_input:
-            out *= weight_of
-        out = jnp.where((expert < num)[:, None], out, 0)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
-        return out[back].reshape(num_tokens, top_k, -1).sum(1)
+            out += down_bias[groups.of_row]
+        out = out.at[groups.place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)
+        return jnp.sum(out if self.spec.weight_on_input else out * weights[..., None], axis=1)
 
 
 def _reads_all(num_tokens: int, spec: MoeSpec, runtime: Runtime) -> bool:
@@ -137,9 +138,3 @@ def _reads_all(num_tokens: int, spec: MoeSpec, runtime: Runtime) -> bool:
 def _by_expert(contract: str, x: Array, w: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(contract, x, w, precision=precision, preferred_element_type=x.dtype)
-
-
-def _grouped(x: Float[Array, "rows K"], w: Float[Array, "E K M"], sizes: Array) -> Float[Array, "rows M"]:
-    """Rows, sorted by expert, times their expert's matrix; rows past all experts' are unspecified."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x, w, sizes, precision=precision, preferred_element_type=x.dtype)
