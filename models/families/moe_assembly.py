@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, stack
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,9 @@ class ExpertUp(Assembly):
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         experts, inputs, parts, outputs = index
         num = target.shape[0]
-        out = [
-            np.stack([transpose(tensors[part * num + e]((outputs, inputs))) for part in range(parts.start, parts.stop)], axis=1)
-            for e in range(experts.start, experts.stop)
-        ]
-        return np.stack(out)
+        every = [(e, part) for e in range(experts.start, experts.stop) for part in range(parts.start, parts.stop)]
+        stored = np.stack([tensors[part * num + e]((outputs, inputs)) for e, part in every])
+        return np.moveaxis(stored.reshape(-1, parts.stop - parts.start, *stored.shape[1:]), -1, 1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class ExpertDown(Assembly):
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         experts, inputs, outputs = index
-        return np.stack([transpose(tensors[e]((outputs, inputs))) for e in range(experts.start, experts.stop)])
+        return stack([tensors[e]((outputs, inputs)).T for e in range(experts.start, experts.stop)], axis=0)
 
 
 @dataclass(frozen=True)
@@ -142,4 +140,4 @@ class StackedRows(Assembly):
         rows_of = slice(experts.start * dim, experts.stop * dim)
         read = [tensors[part]((rows_of, inputs)) for part in range(parts.start, parts.stop)]
         split = [rows.reshape(-1, dim, rows.shape[-1])[:, outputs].swapaxes(1, 2) for rows in read]
-        return np.stack(split, axis=2)
+        return stack(split, axis=2)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, transpose, whole
+from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, whole
 from jaxserve.models.spec import MlaSpec
 
 QkvLayout = Literal["apart", "concatenated", "grouped", "codegen"]
@@ -47,28 +47,25 @@ class Qkv(Assembly):
         copies = np.arange(heads.start, heads.stop) // repeat - first
 
         def read(part: int, start: int, stop: int) -> np.ndarray:
-            """Rows of the part's heads, one after the other along the last axis or, as torch's Linear has them, the first."""
-            parts = [self._read_heads(tensors, *run, mixer.head_dim, inputs) for run in self._runs(target, part, start, stop)]
-            return np.concatenate(parts, axis=-1 if self.is_transposed else 0) if len(parts) > 1 else parts[0]
+            """Rows of the part's heads, [heads, H, *inputs]; a view of [*inputs, heads * H] if the checkpoint has that."""
+            runs = [self._read_heads(tensors, *run, mixer.head_dim, inputs) for run in self._runs(target, part, start, stop)]
+            rows = np.concatenate(runs, axis=-1 if self.is_transposed else 0) if len(runs) > 1 else runs[0]
+            rows = np.moveaxis(rows, -1, 0) if self.is_transposed else rows
+            return rows.reshape(-1, mixer.head_dim, *rows.shape[1:])
 
-        size = mixer.group_size * mixer.head_dim  # rows of q for each kv head
         q = read(0, heads.start * mixer.group_size, heads.stop * mixer.group_size)
         k, v = (read(part, first, last) for part in (1, 2))
-        widths = q.shape[:-1] if self.is_transposed else q.shape[1:]
-        out = np.empty((*widths, len(copies), size + 2 * mixer.head_dim), q.dtype)
+        by_head = self._empty((len(copies), mixer.group_size + 2, *q.shape[1:]), q.dtype)
         for i, copy in enumerate(copies.tolist()):
-            self._put(q, i * size, out[..., i, :size])
-            self._put(k, copy * mixer.head_dim, out[..., i, size : size + mixer.head_dim])
-            self._put(v, copy * mixer.head_dim, out[..., i, size + mixer.head_dim :])
-        return out.reshape(*out.shape[:-1], -1, mixer.head_dim)[..., group, dims]
+            by_head[i, :-2] = q[i * mixer.group_size : (i + 1) * mixer.group_size]
+            by_head[i, -2], by_head[i, -1] = k[copy], v[copy]
+        return np.moveaxis(by_head, (0, 1, 2), (-3, -2, -1))[..., group, dims]
 
-    def _put(self, rows: np.ndarray, start: int, out: np.ndarray) -> None:
-        """Puts as many rows as `out` holds, [*inputs, rows]."""
-        stop = start + out.shape[-1]
-        if self.is_transposed:
-            out[...] = rows[..., start:stop]
-        else:
-            transpose(rows[start:stop], out)
+    def _empty(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        """[heads, group, H, *inputs], in memory with the inputs where the checkpoint has them."""
+        if not self.is_transposed:
+            return np.empty(shape, dtype)
+        return np.moveaxis(np.empty((*shape[3:], *shape[:3]), dtype), (-3, -2, -1), (0, 1, 2))
 
     def _read_heads(
         self, tensors: Sequence[ReadTensor], tensor: int, head: int, count: int, head_dim: int, inputs: Sequence[slice]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Assembly, Index, OneOf, ReadTensor, Shape, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Index, OneOf, ReadTensor, Shape, Target, stack
 from jaxserve.models.families.qkv_assembly import Qkv
 
 Part = Callable[[Target], tuple[int, int]]
@@ -65,7 +65,7 @@ class Rows(Assembly):
         return inputs
 
     def _read(self, tensor: ReadTensor, rows: slice, inputs: Index) -> np.ndarray:
-        return transpose(tensor((rows, *inputs)))
+        return tensor((rows, *inputs)).T
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ConvRows(Rows):
         return (1, *inputs)
 
     def _read(self, tensor: ReadTensor, rows: slice, inputs: Index) -> np.ndarray:
-        return transpose(tensor((rows, slice(0, 1), *inputs))[:, 0])
+        return tensor((rows, slice(0, 1), *inputs))[:, 0].T
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Joined(Assembly):
         for part in self.parts:
             own = [next(remaining) for _ in part.names(inner)]
             parts.append((part, own))
-        return np.stack([part.read(own, inner, wanted) for part, own in parts[index[at]]], axis=at)
+        return stack([part.read(own, inner, wanted) for part, own in parts[index[at]]], axis=at)
 
     def _without(self, target: Target) -> Target:
         at = len(target.shape) + self.axis
@@ -131,7 +131,7 @@ class HeadRows(Assembly):
         _, _, inner = self._split(target.shape)
         inputs, (heads,), others = self._split(index)
         start, rows = self.part(target)
-        read = transpose(tensors[0]((slice(heads.start * rows, heads.stop * rows), *inputs)))
+        read = tensors[0]((slice(heads.start * rows, heads.stop * rows), *inputs)).T
         read = read.reshape(*read.shape[:-1], heads.stop - heads.start, rows)[..., start : start + math.prod(inner)]
         return read.reshape(*read.shape[:-1], *inner)[(..., *others)] if inner else read[..., 0]
 

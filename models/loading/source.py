@@ -21,7 +21,7 @@ class StoredTensor(Protocol):
     def shape(self) -> Shape: ...
 
     def read(self, index: Index) -> np.ndarray:
-        """An own copy of the part, in float32, bfloat16 or float16."""
+        """The part, in float32, bfloat16 or float16; it may be mapped from the file, and must not be written to."""
         ...
 
 

@@ -19,6 +19,7 @@ from jaxserve.models.description import ModelDescription, Parameter
 from jaxserve.models.families.assembly import Assembly, Index, Target
 from jaxserve.models.interface import ShardingFor
 from jaxserve.models.layers.quantized import Fp8Weight, quantize_fp8
+from jaxserve.models.loading.placing import place
 from jaxserve.models.loading.source import ModelSource
 
 OnProgress = Callable[[str, int, int], None]
@@ -107,12 +108,17 @@ def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> tuple[ja
     shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
     tensors = [source.tensors[name].read for name in job.names]
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    @cache
+    def read(bounds: Index) -> np.ndarray:
+        return job.assembly.read(tensors, job.target, bounds)
+
+    sharding = sharding_for(job.parameter.axes, shape)
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None, job.target.path  # None is for a device that holds no part of the array; each of ours does
         bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
-        return job.assembly.read(tensors, job.target, bounds).astype(dtype, copy=False)
-
-    array = jax.make_array_from_callback(shape, sharding_for(job.parameter.axes, shape), read)
+        shards.append(place(read(bounds), device, dtype))
+    array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return _stored(array, job.parameter, sharding_for)
 
 

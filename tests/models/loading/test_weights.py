@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.families.assembly import Assembly, Halves, Index, Projection, Same, Stack, Target, transpose
+from jaxserve.models.families.assembly import Assembly, Halves, Index, Projection, Same, Stack, Target, memory_order, stack
 from jaxserve.models.families.moe_assembly import ExpertDown, ExpertUp, FusedDown, FusedUp, StackedRows
 from jaxserve.models.families.qkv_assembly import HeadNorm, LatentUp, Qkv
 from jaxserve.models.loading import describe_model, load_weights, open_source
+from jaxserve.models.loading.placing import turned_on_device, turned_on_host
 from jaxserve.models.spec import AttentionSpec, LayerSpec, MlaSpec, MlpSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
 from tests.goldens import cases
 from tests.models.forward import one_device
@@ -118,11 +119,38 @@ def test_a_device_reads_only_its_part() -> None:
     assert read == [(N // 2 * H, D), (K // 2 * H, D), (K // 2 * H, D)]
 
 
-@pytest.mark.parametrize("shape", [(300,), (300, 7), (1, 5), (257, 130)])
-def test_transpose(shape: tuple[int, ...]) -> None:
-    x = np.random.default_rng(0).standard_normal(shape).astype(jnp.bfloat16)
-    assert transpose(x).flags.c_contiguous
-    np.testing.assert_array_equal(transpose(x), x.T)
+PARTS = {
+    "vector": np.arange(300.0),
+    "scalar": np.array(3.0),
+    "as it is": np.arange(300.0 * 7).reshape(300, 7),
+    "turned over": np.arange(257.0 * 130).reshape(257, 130).T,
+    "heads": np.moveaxis(np.arange(3.0 * 4 * 5 * 20).reshape(3, 4, 5, 20), -1, 0),
+    "inputs of many axes": np.arange(300.0 * 24).reshape(300, 6, 4).transpose(1, 2, 0),
+    "experts": np.moveaxis(np.arange(2.0 * 2 * 9 * 8).reshape(2, 2, 9, 8), -1, 1),
+    "cut": np.arange(400.0 * 50).reshape(400, 50)[:, 10:30].T,
+    "empty": np.zeros((0, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype, wanted", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_turned_over_alike_on_host_and_device(name: str, dtype: str, wanted: str) -> None:
+    part = PARTS[name].astype(dtype, order="K")
+    expected = part.astype(wanted)
+    on_host = turned_on_host(part, jnp.dtype(wanted))
+    assert on_host.flags.c_contiguous and on_host.dtype == wanted
+    np.testing.assert_array_equal(on_host, expected)
+    on_device = turned_on_device(part, jax.devices()[0], jnp.dtype(wanted))
+    assert on_device.dtype == wanted
+    np.testing.assert_array_equal(on_device, expected)
+
+
+def test_stack_keeps_the_order_of_memory() -> None:
+    parts = [np.random.default_rng(i).standard_normal((4, 5, 6)).transpose(2, 0, 1) for i in range(3)]
+    for axis in (0, 1, -2, -1):
+        stacked = stack(parts, axis)
+        np.testing.assert_array_equal(stacked, np.stack(parts, axis))
+        assert [stacked.shape[i] for i in memory_order(stacked)] == [3, 4, 5, 6]
 
 
 def test_progress_counts_every_parameter(tmp_path: Path) -> None:
