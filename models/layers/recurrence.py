@@ -1,7 +1,8 @@
 """Runs any recurrence over a step's packed tokens, from and to the state that each request keeps in its slot.
 
 Rows with one token take one step each, together; the others go chunk by chunk. Every state is read and written in its slot,
-so that a step costs what its own requests cost, however large the pools are. Knows no mixer's maths.
+so that a step costs what its own requests cost, however large the pools are; once most slots are in use, all of them are
+computed in place. Knows no mixer's maths.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def run(
         The pools, and the outputs [T, ...]; those of tokens not in use are unspecified.
     """
     if batch.is_decode:
+        if 2 * batch.slots.shape[0] > jax.tree.leaves(pools)[0].shape[0]:
+            return _step_in_place(pools, inputs, batch, step, empty)
         states, outputs = step(read_states(pools, batch.slots, batch.starts, empty), inputs)
         return write_states(pools, states, batch.slots), outputs
     num_tokens = batch.token_ids.shape[0]
@@ -111,6 +114,24 @@ def scan_linear(decay: Float[Array, "C ..."], added: Float[Array, "C ..."], star
 
     states: Array = lax.associative_scan(combine, (decay, added.at[0].add(decay[0] * start)))[1]
     return states
+
+
+def _step_in_place(
+    pools: Tree, inputs: Tree, batch: StepBatch, step: Callable[[Tree, Tree], tuple[Tree, Tree]], empty: float
+) -> tuple[Tree, Tree]:
+    """One token of each row, computed slot by slot: states are read and written once, where gathering them moves each twice."""
+    num_slots, num_rows = jax.tree.leaves(pools)[0].shape[0], batch.slots.shape[0]
+    row = jnp.full(num_slots, num_rows).at[batch.slots].set(jnp.arange(num_rows), mode="drop")
+    used, starts = row < num_rows, batch.starts.at[row].get(mode="clip")
+
+    def where(chosen: Bool[Array, " slots"], x: Array | float, pool: Array) -> Array:
+        return jnp.where(chosen.reshape(-1, *[1] * (pool.ndim - 1)), jnp.asarray(x, pool.dtype), pool)
+
+    states, outputs = step(
+        jax.tree.map(lambda pool: where(starts, empty, pool), pools), jax.tree.map(lambda x: x.at[row].get(mode="clip"), inputs)
+    )
+    pools = jax.tree.map(lambda pool, new: where(used, new, pool), pools, states)
+    return pools, jax.tree.map(lambda y: y.at[batch.slots].get(mode="clip"), outputs)
 
 
 def _row_block(
