@@ -34,7 +34,8 @@ class ModelConfig:
         "auto", "auto: float32 on CPU; elsewhere the checkpoint's, float16, float32 and GGUF as bfloat16"
     )
     quantization: Literal["fp8"] | None = option(
-        None, "fp8: the layers' matmuls in 8 bits, rounded while the weights load, with a scale a channel and a token"
+        None,
+        "fp8: the layers' matmuls in 8 bits, rounded while the weights load, with a scale a channel and a token; a checkpoint of 8 bits needs no option",
     )
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")

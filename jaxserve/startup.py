@@ -21,6 +21,7 @@ from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
 from jaxserve.config import GIB, EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits, common_window
 from jaxserve.metrics import Observer
 from jaxserve.models.interface import Runtime, StateSpec
@@ -237,11 +238,38 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
     dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
     model = describe_model(
-        source, dtype=dtype, kv_repeat=lambda heads: kv_repeat(heads, mesh.size), quantization=config.model.quantization
+        source,
+        dtype=dtype,
+        kv_repeat=lambda heads: kv_repeat(heads, mesh.size),
+        quantization=config.model.quantization,
+        keep_quantized=True,
     )
+    _check_quantization(config, source, model)
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     return Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
+
+
+def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelDescription) -> None:
+    """Says what a quantised checkpoint does not get as its maker meant it."""
+    if source.quantization is None:
+        return
+    if source.quantization.has_kv_scales and config.cache.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            "the checkpoint's kv_cache_scheme has scales for 8-bit keys and values, which are not supported. "
+            "Leave out --kv-cache-dtype fp8: keys and values are then kept in the model's dtype, which needs none."
+        )
+    if all(parameter.form == "plain" for parameter in model.parameters):
+        log.warning(
+            "the checkpoint's 8-bit weights are dequantised while they load: they have a scale for each block, or are not "
+            "meant to be multiplied in 8 bits; --quantization fp8 rounds them again, with a scale for each channel"
+        )
+
+
+def _matmuls(model: ModelDescription) -> str:
+    """How many of the layers' matmuls are in 8 bits."""
+    forms = [parameter.form != "plain" for parameter in model.parameters if parameter.contract is not None]
+    return f", {sum(forms)} of {len(forms)} matmuls with weights of 8 bits" if any(forms) else ""
 
 
 def _scheduler(build: Build) -> Scheduler:
@@ -293,7 +321,7 @@ def _summary(build: Build, programs: Programs) -> dict[str, str]:
     }
     return {
         "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
-        "dtype": build.dtype.name + (f", {config.model.quantization} matmuls" if config.model.quantization else ""),
+        "dtype": build.dtype.name + _matmuls(build.model),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
         "KV pool": f"{build.num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "

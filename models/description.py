@@ -5,7 +5,7 @@ A parameter is what a checkpoint has; the forward function takes its arrays: one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from jaxserve.models.layers.quantized import FP8, Fp8Weight, fp8_layout
 from jaxserve.models.spec import DecoderSpec
 
 Quantization = Literal["fp8"]
+Form = Literal["plain", "fp8", "fp8_static"]
+"""How a parameter is held: as it is; as an Fp8Weight; as one with an input_scale."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Parameter:
         path: where it is in the module, such as "layers.3.mixer.qkv".
         abstract: its shape and dtype before it is quantised.
         mean, std: of the values that dummy weights take.
-        contract: how many leading axes meet the input, where it is quantised; else None.
+        contract: how many axes meet the input, where it may be quantised; else None.
+        batch: axes before those.
     """
 
     path: str
@@ -40,19 +43,27 @@ class Parameter:
     mean: float
     std: float
     contract: int | None = None
+    batch: int = 0
+    form: Form = "plain"
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What follows the path in the name of each of its arrays."""
-        return ("",) if self.contract is None else (".values", ".scales")
+        return {"plain": ("",), "fp8": (".values", ".scales"), "fp8_static": (".values", ".scales", ".input_scale")}[self.form]
 
     @property
     def arrays(self) -> tuple[tuple[jax.ShapeDtypeStruct, LogicalAxes], ...]:
         """What the forward function takes for it: the parameter, or its 8-bit values and their scales."""
-        if self.contract is None:
+        if self.form == "plain" or self.contract is None:
             return ((self.abstract, self.axes),)
-        layout = fp8_layout(self.abstract.shape, self.axes, self.contract)
-        return tuple((jax.ShapeDtypeStruct(s, d), a) for (s, a), d in zip(layout, (FP8, jnp.float32), strict=True))
+        layout = (*fp8_layout(self.abstract.shape, self.axes, self.contract, self.batch), ((), ()))
+        dtypes = (FP8, jnp.float32, jnp.float32)
+        return tuple((jax.ShapeDtypeStruct(s, d), a) for (s, a), d, _ in zip(layout, dtypes, self.parts, strict=False))
+
+    def value(self, arrays: Iterator[Array]) -> Array | Fp8Weight:
+        """What the module holds, from the next of these."""
+        own = [next(arrays) for _ in self.parts]
+        return own[0] if self.form == "plain" else Fp8Weight(*own)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class ModelDescription:
     ) -> tuple[Float[Array, "S V"], tuple[Array, ...]]:
         """Decoder.__call__ as a pure function of the weights, to be traced: the module exists at trace time only."""
         arrays = iter(weights)
-        values = [next(arrays) if p.contract is None else Fp8Weight(next(arrays), next(arrays)) for p in self.parameters]
+        values = [parameter.value(arrays) for parameter in self.parameters]
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, values))
         logits, new_caches = model(batch, caches, runtime)
         return logits, new_caches
@@ -125,5 +136,7 @@ def _parameter(
     path: str, variable: nnx.Variable[Any], leaf: jax.ShapeDtypeStruct, quantization: Quantization | None
 ) -> Parameter:
     meta = variable.get_metadata()
-    contract = meta["contract"] if quantization else None
-    return Parameter(path, leaf, meta["logical_axes"], meta["mean"], meta["std"], contract)
+    contract, batch = meta["contract"], meta["batch"]
+    # Experts are dequantised in every step, as their products take no 8 bits: that pays only where a checkpoint has them so.
+    form: Form = "fp8" if quantization and contract is not None and not batch else "plain"
+    return Parameter(path, leaf, meta["logical_axes"], meta["mean"], meta["std"], contract, batch, form)

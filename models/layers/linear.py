@@ -23,14 +23,16 @@ def parameter(
     mean: float = 0.0,
     std: float = 0.02,
     contract: int | None = None,
+    batch: int = 0,
 ) -> nnx.Param[jax.Array]:
     """A parameter with its logical axes. Zeros until weights are loaded; abstract under nnx.eval_shape.
 
     Args:
         mean, std: of the values that dummy weights take.
-        contract: for what `linear` alone reads, and so may be quantised: how many leading axes meet the input.
+        contract: for what may be quantised, as its layer reads an Fp8Weight: how many axes meet the input.
+        batch: axes before those, which stay apart: the experts.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std, contract=contract)
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std, contract=contract, batch=batch)
 
 
 def weight(shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, contract: int = 1) -> nnx.Param[jax.Array]:

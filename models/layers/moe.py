@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value
 from jaxserve.models.layers.mlp import Mlp, activate
+from jaxserve.models.layers.quantized import dequantized
 from jaxserve.models.layers.router import route
 from jaxserve.models.spec import MoeSpec
 from jaxserve.pallas_kernels.grouped_matmul import choose_block, group_rows, grouped_matmul
@@ -31,15 +32,16 @@ class Moe(nnx.Module):
 
     def __init__(self, d_model: int, spec: MoeSpec, dtype: DTypeLike) -> None:
         experts, expert = spec.num_experts, spec.expert
-        parts, by_expert = 2 if expert.gated else 1, ("experts", None, None, None)
+        parts, axes = 2 if expert.gated else 1, ("experts", None, None, None)
+        by_input = {"contract": 1, "batch": 1}
         self.spec = spec
         self.router = parameter((d_model, experts), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
         self.router_bias = parameter((experts,), (None,), dtype) if spec.router.bias else None
         self.choice_bias = parameter((experts,), (None,), jnp.float32) if spec.router.choice_bias else None
-        self.experts_up = parameter((experts, d_model, parts, expert.dim), by_expert, dtype, std=d_model**-0.5)
-        self.experts_up_bias = parameter((experts, parts, expert.dim), by_expert[:3], dtype) if expert.bias else None
-        self.experts_down = parameter((experts, expert.dim, d_model), by_expert[:3], dtype, std=expert.dim**-0.5)
-        self.experts_down_bias = parameter((experts, d_model), by_expert[:2], dtype) if expert.bias else None
+        self.experts_up = parameter((experts, d_model, parts, expert.dim), axes, dtype, std=d_model**-0.5, **by_input)
+        self.experts_up_bias = parameter((experts, parts, expert.dim), axes[:3], dtype) if expert.bias else None
+        self.experts_down = parameter((experts, expert.dim, d_model), axes[:3], dtype, std=expert.dim**-0.5, **by_input)
+        self.experts_down_bias = parameter((experts, d_model), axes[:2], dtype) if expert.bias else None
         self.shared = Mlp(d_model, spec.shared, dtype) if spec.shared is not None else None
         is_gated = spec.shared_gate
         self.shared_gate = parameter((d_model, 1), ("embed", None), dtype, std=d_model**-0.5) if is_gated else None
@@ -53,9 +55,9 @@ class Moe(nnx.Module):
         in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
         experts = jnp.where(in_use[:, None], experts, spec.num_experts)  # padding wakes no expert
         arrays = (
-            self.experts_up.get_value(),
+            dequantized(self.experts_up.get_value(), 1, x.dtype),
             value(self.experts_up_bias),
-            self.experts_down.get_value(),
+            dequantized(self.experts_down.get_value(), 1, x.dtype),
             value(self.experts_down_bias),
         )
         by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)

@@ -15,7 +15,7 @@ from jaxserve.models.loading.converted import read_converted, save_converted
 from jaxserve.models.loading.hf_folder import open_folder
 from jaxserve.models.loading.resolve import resolve_model
 from jaxserve.models.loading.source import ModelSource
-from jaxserve.models.loading.weights import OnProgress, draw_weights, read_weights, store_weights
+from jaxserve.models.loading.weights import OnProgress, draw_weights, keep_fp8, read_weights, store_weights
 
 __all__ = [
     "ModelDescription",
@@ -56,14 +56,18 @@ def describe_model(
     dtype: DTypeLike,
     kv_repeat: Callable[[int], int] = lambda num_kv_heads: 1,
     quantization: Quantization | None = None,
+    keep_quantized: bool = False,
 ) -> ModelDescription:
     """The model's parameters and its forward function, before any weight is read.
 
     Args:
         quantization: of the layers' matmuls, done while the weights load.
         kv_repeat: how often to hold each kv head, from the number that a layer's checkpoint has.
+        keep_quantized: multiply by 8-bit weights that the checkpoint holds, where it has a scale for each channel or for
+            all; otherwise, and where it has one for each block, they are dequantised while they load.
     """
-    return describe_decoder(source.architecture.name, source.spec.with_kv_repeat(kv_repeat), dtype, quantization)
+    model = describe_decoder(source.architecture.name, source.spec.with_kv_repeat(kv_repeat), dtype, quantization)
+    return keep_fp8(model, source) if keep_quantized else model
 
 
 def load_weights(

@@ -12,6 +12,7 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.models.spec import DecoderSpec
 
 _DEPTHS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # as one family or another calls it
+_NOT_FIELDS = ("model_type", "auto_map", "quantization_config", "compression_config")
 _MAX_LAYERS = 1000  # a damaged config must not keep us busy for hours
 
 
@@ -27,11 +28,6 @@ def understand_config(raw: Mapping[str, Any]) -> tuple[Architecture, HfConfig, D
     if raw.get("model_type", architecture.model_type) != architecture.model_type:
         raise ModelLoadError(
             f"config.json names {architecture.name} with model_type {raw['model_type']!r}; wanted {architecture.model_type!r}"
-        )
-    if raw.get("quantization_config"):
-        raise ModelLoadError(
-            f"the checkpoint is quantised ({str(raw['quantization_config'])[:80]}), which is not supported; "
-            "use the unquantised one, or a GGUF file"
         )
     text_config = raw.get("text_config")
     own = text_config if isinstance(text_config, Mapping) else raw
@@ -58,7 +54,7 @@ def _make_config(model_type: str, raw: Mapping[str, Any]) -> HfConfig:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
     from transformers import AutoConfig
 
-    fields = _plain({name: value for name, value in raw.items() if name not in ("model_type", "auto_map")})
+    fields = _plain({name: value for name, value in raw.items() if name not in _NOT_FIELDS})
     return AutoConfig.for_model(model_type, **fields)
 
 

@@ -5,40 +5,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.families.assembly import Index, Shape
+from jaxserve.models.loading.checkpoint_quantization import read_quantization
 from jaxserve.models.loading.converted import is_converted
+from jaxserve.models.loading.fp8_tensors import is_kv_scale, join_scales
 from jaxserve.models.loading.hf_config import generation_defaults, understand_config
+from jaxserve.models.loading.safe_tensor import DTYPES, EIGHT_BITS, SafeTensor, open_file
 from jaxserve.models.loading.source import ModelSource, StoredTensor
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True)
-class SafeTensor:
-    """A tensor of a safetensors file.
-
-    Attributes:
-        raw: its bytes, mapped.
-        dtype: as the file names it.
-    """
-
-    raw: np.ndarray
-    shape: Shape
-    dtype: str
-
-    def read(self, index: Index) -> np.ndarray:
-        values: np.ndarray = self.raw.view(jnp.dtype(_DTYPES[self.dtype])).reshape(self.shape)
-        return values[index]
 
 
 def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
@@ -52,10 +31,11 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
     """
     raw = _read_json(folder / "config.json", "a Hugging Face folder has one")
     architecture, config, spec = understand_config(raw)
+    quantization = None if is_converted(folder) else read_quantization(raw)
     generation_file = folder / "generation_config.json"
     generation = generation_defaults(raw, _read_json(generation_file) if generation_file.exists() else {})
     if dummy:
-        return ModelSource(folder, "dummy", architecture, config, spec, generation, _named_dtype(raw), {})
+        return ModelSource(folder, "dummy", architecture, config, spec, generation, _named_dtype(raw), {}, quantization)
     if is_converted(folder):
         return ModelSource(folder, "converted", architecture, config, spec, generation, _named_dtype(raw), {})
     tensors: dict[str, StoredTensor] = {}
@@ -63,55 +43,42 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
     for name, tensor in _open_tensors(folder).items():
         if architecture.is_needed(name):
             tensors[architecture.read_name(name)] = tensor
-            dtypes[_known_dtype(name, tensor)] += 1
+            if quantization is None or tensor.dtype not in EIGHT_BITS:
+                dtypes[_known_dtype(name, tensor)] += 1
+    if quantization is not None:
+        quantization = replace(quantization, has_kv_scales=quantization.has_kv_scales or any(map(is_kv_scale, tensors)))
+        tensors = join_scales(tensors, quantization)
     dtype = dtypes.most_common(1)[0][0] if dtypes else "bfloat16"
-    return ModelSource(folder, "safetensors", architecture, config, spec, generation, dtype, tensors)
+    return ModelSource(folder, "safetensors", architecture, config, spec, generation, dtype, tensors, quantization)
 
 
 def _named_dtype(raw: Mapping[str, Any]) -> str:
     """The dtype that config.json names."""
     named = str(raw.get("dtype") or raw.get("torch_dtype"))
-    return named if named in _DTYPES.values() else "bfloat16"
+    return named if named in DTYPES.values() else "bfloat16"
 
 
 def _known_dtype(name: str, tensor: SafeTensor) -> str:
-    if tensor.dtype not in _DTYPES:
-        raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}, which is not supported; wanted {', '.join(_DTYPES)}")
-    return _DTYPES[tensor.dtype]
+    if tensor.dtype not in DTYPES:
+        hint = "; 8-bit weights need a quantization_config in config.json" if tensor.dtype in EIGHT_BITS else ""
+        raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}, which is not supported; wanted {', '.join(DTYPES)}{hint}")
+    return DTYPES[tensor.dtype]
 
 
 def _open_tensors(folder: Path) -> dict[str, SafeTensor]:
     single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return _open_file(_inside(folder, single.name))
+        return open_file(_inside(folder, single.name))
     if not index_file.exists():
         raise ModelLoadError(_nothing_to_load(folder))
     weight_map = _read_json(index_file).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelLoadError(f"{index_file} has no weight_map from tensor names to files; download it again")
-    files = {file: _open_file(_inside(folder, file)) for file in sorted(set(weight_map.values()))}
+    files = {file: open_file(_inside(folder, file)) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file]:
             raise ModelLoadError(f"{index_file.name} says that tensor {name} is in {file}, but it is not; download both again")
     return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
-
-
-def _open_file(path: Path) -> dict[str, SafeTensor]:
-    if not path.exists():
-        raise ModelLoadError(f"{path} is missing, though the model's index names it; download it again")
-    try:
-        safe_open(path, "numpy")  # checks the header: every tensor lies in the file, and none in another
-    except (SafetensorError, OSError) as e:
-        raise ModelLoadError(f"{path} is not a whole safetensors file ({e}); download it again") from e
-    file = np.memmap(path, np.uint8, "r")
-    start = 8 + int(file[:8].view("<u8")[0])
-    header = json.loads(bytes(file[8:start]))
-    header.pop("__metadata__", None)
-    return {name: _tensor(file[start:], **entry) for name, entry in header.items()}
-
-
-def _tensor(data: np.ndarray, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> SafeTensor:
-    return SafeTensor(data[slice(*data_offsets)], tuple(shape), dtype)
 
 
 def _inside(folder: Path, file: str) -> Path:

@@ -1,19 +1,31 @@
-"""Puts a part of a parameter on a device, turned over from the checkpoint's order of axes to ours. Knows no checkpoint."""
+"""Puts the parts of a parameter on their devices, turned over from the checkpoint's order of axes to ours. Knows no checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array
 
-from jaxserve.models.families.assembly import memory_order
+from jaxserve.models.families.assembly import Index, Shape, memory_order
 
 _ROWS = 128  # that are turned over at a time, so that a block stays in the cache
 _ALIGNMENT = 64  # bytes; what JAX takes on a CPU as it is, without a copy
 _BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+def place_parts(shape: Shape, dtype: np.dtype, sharding: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array whose parts are read once each, and put on the devices that the sharding says."""
+    read, parts = cache(read), []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # None is for a device that holds no part of the array; each of ours does
+        bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+        parts.append(place(read(bounds), device, dtype))
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def place(part: np.ndarray, device: jax.Device, dtype: np.dtype) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Index, Shape
+from jaxserve.models.loading.checkpoint_quantization import CheckpointQuantization
 from jaxserve.models.spec import DecoderSpec
 
 
@@ -37,6 +38,7 @@ class ModelSource:
             generation_config.json has none.
         checkpoint_dtype: of most of the weights.
         tensors: by the names that the architecture's table uses.
+        quantization: of the checkpoint, where its weights are of 8 bits.
     """
 
     path: Path
@@ -47,3 +49,4 @@ class ModelSource:
     generation_config: Mapping[str, Any]
     checkpoint_dtype: str
     tensors: Mapping[str, StoredTensor]
+    quantization: CheckpointQuantization | None = None

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -16,16 +16,18 @@ from jax.sharding import Sharding
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.description import ModelDescription, Parameter
-from jaxserve.models.families.assembly import Assembly, Index, Target
+from jaxserve.models.families.assembly import Assembly, Target
 from jaxserve.models.interface import ShardingFor
-from jaxserve.models.layers.quantized import Fp8Weight, quantize_fp8
-from jaxserve.models.loading.placing import place
+from jaxserve.models.layers.quantized import FP8_MAX, quantize_fp8
+from jaxserve.models.loading.kept_fp8 import can_keep, choose_form, load_kept
+from jaxserve.models.loading.placing import place_parts
 from jaxserve.models.loading.source import ModelSource
 
 OnProgress = Callable[[str, int, int], None]
 """Takes (stage, parameters done, their total); called from the thread that loads."""
 
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq$")  # computed here; old checkpoints carry them
+_DUMMY_INPUT_SCALE = np.float32(10 / FP8_MAX)  # of activations near 1
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
@@ -61,6 +63,18 @@ def read_weights(
             pool.shutdown(cancel_futures=True)
             raise
     return tuple(array for future in futures for array in future.result())
+
+
+def keep_fp8(model: ModelDescription, source: ModelSource) -> ModelDescription:
+    """The model with those matmuls in 8 bits whose weights the checkpoint holds so, a scale for each channel or for all."""
+    if source.quantization is None:
+        return model
+    if source.kind == "dummy":
+        kept = [source.quantization.block is None for _ in model.parameters]
+    else:
+        kept = [can_keep([source.tensors[name] for name in job.names if name in source.tensors]) for job in _plan(model, source)]
+    forms = (choose_form(p, source.quantization, is_kept) for p, is_kept in zip(model.parameters, kept, strict=True))
+    return replace(model, parameters=tuple(replace(p, form=form) for p, form in zip(model.parameters, forms, strict=True)))
 
 
 def _plan(model: ModelDescription, source: ModelSource) -> Iterator[_Job]:
@@ -106,20 +120,11 @@ def _some(names: list[str]) -> str:
 
 def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
     shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
-    tensors = [source.tensors[name].read for name in job.names]
-
-    @cache
-    def read(bounds: Index) -> np.ndarray:
-        return job.assembly.read(tensors, job.target, bounds)
-
-    sharding = sharding_for(job.parameter.axes, shape)
-    shards = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None, job.target.path  # None is for a device that holds no part of the array; each of ours does
-        bounds: Index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
-        shards.append(place(read(bounds), device, dtype))
-    array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
-    return _stored(array, job.parameter, sharding_for)
+    stored = [source.tensors[name] for name in job.names]
+    if job.parameter.form != "plain" and can_keep(stored):
+        return load_kept(stored, job.parameter, job.target, job.assembly, sharding_for)
+    read = partial(job.assembly.read, [tensor.read for tensor in stored], job.target)
+    return _stored(place_parts(shape, dtype, sharding_for(job.parameter.axes, shape), read), job.parameter, sharding_for)
 
 
 def draw_weights(
@@ -157,17 +162,21 @@ def store_weights(model: ModelDescription, arrays: tuple[jax.Array, ...], shardi
 
 def _stored(array: jax.Array, parameter: Parameter, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
     """The arrays that the forward function takes for a parameter."""
-    if parameter.contract is None:
+    if parameter.form == "plain" or parameter.contract is None:
         return (array,)
     shardings = tuple(sharding_for(axes, abstract.shape) for abstract, axes in parameter.arrays)
-    weight = _quantizer(parameter.contract, shardings)(array)
+    values, scales = _quantizer(parameter.contract, parameter.batch, shardings[:2])(array)
     array.delete()
-    return weight.values, weight.scales
+    inputs = (jax.device_put(_DUMMY_INPUT_SCALE, shardings[2]),) if parameter.form == "fp8_static" else ()
+    return values, scales, *inputs
 
 
 @cache
-def _quantizer(contract: int, shardings: tuple[Sharding, Sharding]) -> Callable[[jax.Array], Fp8Weight]:
+def _quantizer(contract: int, batch: int, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """The program that quantises parameters on the devices where they are."""
-    values, scales = shardings
-    placed = Fp8Weight(values, scales)  # type: ignore[arg-type]  # the pytree of shardings that jit wants
-    return jax.jit(partial(quantize_fp8, contract=contract), out_shardings=placed)
+
+    def quantize(w: jax.Array) -> tuple[jax.Array, ...]:
+        weight = quantize_fp8(w, contract, batch)
+        return weight.values, weight.scales
+
+    return jax.jit(quantize, out_shardings=shardings)

@@ -73,7 +73,7 @@ def test_logits_stay_near_those_of_the_float32_weights(checkpoint: Path) -> None
 
 def test_matmuls_of_the_layers_are_quantised_and_nothing_else(checkpoint: Path) -> None:
     model = describe_model(open_source(str(checkpoint)), dtype=jnp.float32, quantization="fp8")
-    quantised = {p.path.split(".", 2)[-1] for p in model.parameters if p.contract is not None}
+    quantised = {p.path.split(".", 2)[-1] for p in model.parameters if p.form == "fp8"}
     assert quantised == {"mixer.qkv", "mixer.out", "mlp.up", "mlp.down"}
 
 
@@ -104,7 +104,7 @@ def test_every_kind_of_layer_takes_quantised_weights(name: str, tmp_path: Path) 
     forward = partial(step.forward, apply_model=model.apply, runtime=Runtime("cpu", mesh), shape=shape, page_size=16)
     last_tokens, packed = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (4, shape.size))
     _, results = jax.eval_shape(forward, model.abstract, state, last_tokens, packed)
-    assert any(p.contract is not None for p in model.parameters) and results.logits.shape == (4, model.vocab_size)
+    assert any(p.form == "fp8" for p in model.parameters) and results.logits.shape == (4, model.vocab_size)
 
 
 @pytest.mark.usefixtures("nothing_kept_compiled")

@@ -13,6 +13,7 @@ import pytest
 from jaxserve.models.interface import Runtime
 from jaxserve.models.layers.mlp import activate
 from jaxserve.models.layers.moe import Moe
+from jaxserve.models.layers.quantized import quantize_fp8
 from jaxserve.models.layers.router import route
 from jaxserve.models.spec import ClampedSwiglu, MlpSpec, MoeSpec, RouterSpec
 from jaxserve.sharding import make_mesh
@@ -54,6 +55,21 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     got = jax.jit(lambda x: moe(x, batch, runtime))(x)
     np.testing.assert_allclose(got[:13], want, rtol=2e-4, atol=2e-4)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_experts_of_8_bits_are_multiplied_as_the_numbers_they_stand_for(platform: Any, devices: int) -> None:
+    moe, plain = Moe(D, SPEC, jnp.float32), Moe(D, SPEC, jnp.float32)
+    moe.router.set_value(normal(D, E))
+    plain.router.set_value(moe.router.get_value())
+    for name in ("experts_up", "experts_down"):
+        weight = quantize_fp8(normal(*getattr(moe, name).get_value().shape), contract=1, batch=1)
+        getattr(moe, name).set_value(weight)
+        getattr(plain, name).set_value(jnp.moveaxis(weight.values.astype(jnp.float32) * weight.scales[..., None], -1, 1))
+    batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
+    x, runtime = normal(16, D), Runtime(platform, make_mesh(devices))
+    np.testing.assert_allclose(moe(x, batch, runtime), plain(x, batch, runtime), rtol=2e-4, atol=2e-4)
 
 
 def test_the_best_groups_are_those_with_the_best_two() -> None:
