@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -72,6 +73,7 @@ class AsyncEngine:
         self._admission = Admission(engine.config.scheduler)
         self._streams: dict[str, RequestStream] = {}
         self._calls: deque[Callable[[], None]] = deque()
+        self._updates: set[Future[int]] = set()  # of the weights, that are waited for
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._dead: str | None = None
@@ -176,7 +178,7 @@ class AsyncEngine:
 
         with self._wake:
             if not self.is_healthy:
-                raise EngineDeadError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}. Restart the server.")
+                raise self._has_stopped()
             if request_id in self._streams:
                 raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
             self._admission.enter(request_id, params.num_samples, len(prompt_token_ids))
@@ -184,6 +186,37 @@ class AsyncEngine:
             self._calls.append(add)
             self._wake.notify()
         return stream
+
+    async def update_params(self, tree: Any) -> int:
+        """Swaps the weights between two steps, while requests run. See Engine.update_params.
+
+        Raises:
+            WeightsError: the tree is not of the model's form; nothing has changed then.
+            EngineDeadError: the engine has stopped.
+        """
+        update: Future[int] = Future()
+        update.add_done_callback(self._updates.discard)
+
+        def call() -> None:
+            if not update.set_running_or_notify_cancel():
+                return
+            try:
+                version = self.engine.update_params(tree)
+            except Exception as error:  # noqa: BLE001  the caller's to know; the requests go on
+                update.set_exception(error)
+            else:
+                update.set_result(version)
+
+        with self._wake:
+            if not self.is_healthy:
+                raise self._has_stopped()
+            self._updates.add(update)
+            self._calls.append(call)
+            self._wake.notify()
+        return await asyncio.wrap_future(update)
+
+    def _has_stopped(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}. Restart the server.")
 
     def _abort(self, stream: RequestStream) -> None:
         request_id = stream.request_id
@@ -233,6 +266,9 @@ class AsyncEngine:
     def _fail(self, reason: str) -> None:
         with self._wake:
             self._dead = self._dead or reason
+        for update in list(self._updates):
+            with suppress(InvalidStateError):  # it has just ended
+                update.set_exception(self._has_stopped())
         self._deliver([RequestOutput(name, None, [], finished=True, error=reason) for name in list(self._streams)])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:

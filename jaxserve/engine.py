@@ -18,6 +18,7 @@ from jaxserve.beam_search import BeamSearch
 from jaxserve.completion import Completion, group_output, is_live
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, InvalidRequestError
+from jaxserve.failures import Failures
 from jaxserve.intake import Intake
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-MAX_FAILURES = 2  # failed steps in a row that end the engine
 
 
 class Engine:
@@ -76,7 +75,7 @@ class Engine:
         self._intake = Intake(scheduler, runner, self._completions, tokenizer, Reporter(observer, clock), clock)
         self._before: InFlight | None = None  # the step before the one in flight, while it is not collected
         self._in_flight: InFlight | None = None
-        self._failures = 0
+        self._failures = Failures()
         self._dead: EngineDeadError | None = None
         self._builder = RequestBuilder(self.max_model_len, vocab_size, eos_token_ids, tokenizer, config.scheduler)
         self._order = itertools.count()
@@ -199,7 +198,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001  whatever it is, it is chained when the engine gives up
             self._recover(error)
             return []
-        self._failures = 0
+        self._failures.record_success()
         return outputs
 
     @property
@@ -272,9 +271,8 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """After a failed step: the state is lost, the requests are not; they are computed again."""
-        self._failures += 1
-        if self._failures >= MAX_FAILURES:
-            self._dead = EngineDeadError(f"{self._failures} steps failed in a row; the last: {error}")
+        if (too_many := self._failures.record_failure()) is not None:
+            self._dead = EngineDeadError(f"{too_many}; the last: {error}")
             raise self._dead from error
         log.exception("a step failed; its requests are computed again")
         self._before = self._in_flight = None

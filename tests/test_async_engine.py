@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.async_engine import AsyncEngine, RequestStream
 from jaxserve.engine import Engine
-from jaxserve.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from jaxserve.errors import EngineDeadError, InvalidRequestError, QueueFullError, WeightsError
 from jaxserve.outputs import RequestOutput
 from jaxserve.replicas import Replicas
 from jaxserve.sampling_params import OutputKind, SamplingParams
@@ -392,5 +392,44 @@ def test_time_without_work_is_no_stall(engine: Engine) -> None:
             await until(lambda: served.stalled_s == 0)
             await asyncio.sleep(0.1)
             assert served.stalled_s == 0 and served.is_healthy
+
+    run(test())
+
+
+def test_weights_are_swapped_while_requests_run(engine: Engine) -> None:
+    async def test() -> None:
+        tree = {name: x * 0.5 for name, x in engine.params.items()}
+        gate = Gate(engine)
+        async with started(engine) as served:
+            stream = served.submit([1, 2, 3], greedy(30))
+            await asyncio.to_thread(gate.at_gate.wait)
+            update = asyncio.create_task(served.update_params(tree))
+            gate.open()
+            assert await update == 1
+            output = await last(stream)
+            assert output.error is None and output.weight_version == 1
+            assert output.outputs[0].token_ids
+            with pytest.raises(WeightsError):
+                await served.update_params({})
+            assert (await last(served.submit([1, 2, 3], greedy(3)))).weight_version == 1
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await served.update_params(tree)
+
+    run(test())
+
+
+def test_an_engine_that_dies_leaves_no_update_waiting(engine: Engine) -> None:
+    async def test() -> None:
+        gate = Gate(engine)
+        async with started(engine) as served:
+            stream = served.submit([1, 2, 3], greedy(30))
+            await asyncio.to_thread(gate.at_gate.wait)
+            update = asyncio.create_task(served.update_params(engine.params))
+            await asyncio.sleep(0)
+            served.give_up("it hangs")
+            with pytest.raises(EngineDeadError, match="it hangs"):
+                await update
+            assert (await last(stream)).error == "it hangs"
+            gate.open()
 
     run(test())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from jaxserve import LLM
 from jaxserve.beam_search import BeamSearch
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError
+from jaxserve.failures import LATELY, STEPS, Failures
 from jaxserve.intake import NO_TOKEN_ERROR
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import OutputKind, SamplingParams
+from jaxserve.step_results import StepResults
+from jaxserve.step_runner import InFlight
 from tests.tiny import greedy, random_prompts, run, tiny_engine
 
 FINAL = OutputKind.FINAL_ONLY
@@ -113,6 +117,30 @@ def test_two_failures_in_a_row_end_the_engine(monkeypatch: pytest.MonkeyPatch) -
     assert [o.error for o in engine.fail_all("it has stopped")] == ["it has stopped"]
     assert not engine.scheduler.pool.num_held
     engine.check_integrity()
+
+
+def test_a_failure_that_keeps_coming_back_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other step fails, so that a prompt of four chunks is never computed."""
+    engine = tiny_engine()
+    engine.add_request(list(range(90)) * 2, greedy(12))
+    collect, count = engine.runner.collect, itertools.count(1)
+
+    def fail_every_second(step: InFlight) -> StepResults:
+        if next(count) % 2:
+            return collect(step)
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.runner, "collect", fail_every_second)
+    with pytest.raises(EngineDeadError, match=r"32 of the last 1,000 steps failed; the last: injected"):
+        run(engine, 200)
+
+
+def test_failures_that_are_rare_end_nothing() -> None:
+    failures = Failures()
+    for _ in range(3 * LATELY):
+        assert failures.record_failure() is None
+        for _ in range(STEPS // LATELY + 1):
+            failures.record_success()
 
 
 def test_a_state_that_cannot_be_made_again_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

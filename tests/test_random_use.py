@@ -79,11 +79,11 @@ class User:
             setattr(self.engine.runner, name, original)
             raise RuntimeError("injected")
 
-        if not self.engine._failures:
+        if not self.engine._failures.in_a_row:
             setattr(self.engine.runner, name, once)
             self.step(3)
             setattr(self.engine.runner, name, original)
-        while self.engine._failures and self.engine.has_work:
+        while self.engine._failures.in_a_row and self.engine.has_work:
             self.step(1)
 
     def step(self, count: int) -> None:
