@@ -13,7 +13,7 @@ PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.
 CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-extra test-clients soak check docs clean
+.PHONY: help serve chat test test-extra test-tpu test-clients soak check docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,16 +25,19 @@ chat: $(READY) ## talk to MODEL (smollm2) in the terminal
 	$(BIN)/jaxserve chat $(MODEL) $(ARGS)
 
 test: $(READY) ## the tests; ARGS='tests/test_engine.py' for some
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not extra" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not extra and not tpu" $(ARGS)
 
 test-extra: $(READY) ## more of the same kind: other sizes and numbers of devices
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m extra $(ARGS)
+
+test-tpu: $(READY) ## compile kernels and steps for every TPU, without one; takes long
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m tpu tests/tpu $(ARGS)
 
 check: $(READY) ## what must pass before a commit: format, lint, types, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not extra" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not extra and not tpu" $(ARGS)
 
 test-clients: $(READY) ## litellm, LangChain, lm-eval and FastChat, each in a venv of its own, against SmolLM2
 	for name in clients lmeval fastchat; do \

@@ -7,14 +7,14 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
 from jaxserve.cli_bench import add_bench
+from jaxserve.cli_compile import compile_for_target, print_reports, show_progress
 from jaxserve.cli_flags import Fields, add_flags, read_options
 from jaxserve.cli_simulate import add_simulate
 from jaxserve.config import EngineConfig, option_fields
@@ -24,7 +24,6 @@ from jaxserve.server.config import MIB, ServerConfig
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
     from jaxserve.metrics import Observer
-    from jaxserve.programs import ProgramReport
 
 ENGINE_OPTIONS: Fields = {f.name: f for _, f in option_fields()}
 SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
@@ -43,16 +42,19 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 2 after an error that the user can mend, 1 when the engine has died."""
+    """Runs a command and returns its exit status: 2 after an error that the user can mend, 1 when the engine has died.
+
+    `compile --target` also gives 1, where the model does not fit.
+    """
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int = args.run(args) or 0
     except JaxserveError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1 if isinstance(e, EngineDeadError) else 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,6 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     new_key.set_defaults(run=run_new_key)
 
     compile_ = _add_command(commands, "compile", run_compile, "fill the compile cache, so that later starts compile nothing")
+    compile_.add_argument(
+        "--target",
+        metavar="TARGET",
+        help="compile for devices that are not there, such as tpu:v6e:2x2 or gpu:h100:2, only to see whether the model fits",
+    )
     _add_engine_flags(compile_)
 
     convert = _add_command(commands, "convert", run_convert, "write a model's parameters as devices hold them, for faster starts")
@@ -108,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -183,7 +190,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from jaxserve.cli_chat import printable
     from jaxserve.startup import build_engine
 
-    with _progress() as on_progress:
+    with show_progress() as on_progress:
         engine = build_engine(config, on_progress=on_progress)
     with LLM.from_engine(engine) as llm:
         params = llm.get_default_sampling_params().with_(**_sampling(args))
@@ -200,7 +207,7 @@ def run_batch(args: argparse.Namespace) -> None:
 
     engine = _load(config)
     assert engine.config.scheduler.max_num_seqs is not None, "the engine resolves it"
-    with _progress() as on_progress:
+    with show_progress() as on_progress:
         counts = run_batch(
             engine,
             Path(args.input),
@@ -246,8 +253,10 @@ def run_new_key(args: argparse.Namespace) -> None:
     print(key.line)
 
 
-def run_compile(args: argparse.Namespace) -> None:
+def run_compile(args: argparse.Namespace) -> int:
     config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    if args.target is not None:
+        return compile_for_target(config, args.target)
     if config.compile.cache_path is None:
         raise ConfigError(
             "compile fills the compile cache, and compilation_cache_dir turns it off; name a folder, or leave it out"
@@ -255,16 +264,17 @@ def run_compile(args: argparse.Namespace) -> None:
     from jaxserve.startup import compile_model
 
     started_s = time.monotonic()
-    with _progress() as on_progress:
+    with show_progress() as on_progress:
         reports = compile_model(config, on_progress=on_progress)
-    _print_reports(reports, time.monotonic() - started_s)
+    print_reports(reports, time.monotonic() - started_s)
+    return 0
 
 
 def run_convert(args: argparse.Namespace) -> None:
     config = _engine_config(read_options(args, ENGINE_OPTIONS))
     from jaxserve.convert import convert_model
 
-    with _progress() as on_progress:
+    with show_progress() as on_progress:
         size = convert_model(config, Path(args.output), on_progress=on_progress)
     print(f"wrote {size / MIB:,.0f} MiB of parameters; serve them with: jaxserve serve {args.output}")
 
@@ -305,45 +315,13 @@ def _load(config: EngineConfig, observer: Observer | None = None) -> AsyncEngine
     from jaxserve.async_engine import AsyncEngine
 
     started_s = time.monotonic()
-    with _progress() as on_progress:
+    with show_progress() as on_progress:
         engine = AsyncEngine.from_config(config, observer=observer, on_progress=on_progress)
     description = engine.describe() | {"loaded in": f"{time.monotonic() - started_s:.1f} s"}
     width = max(map(len, description))
     for name, text in description.items():
         print(f"{name:<{width}}  {text}")
     return engine
-
-
-def _print_reports(reports: Sequence[ProgramReport], seconds: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("program", show_edge=False)
-    for name in ("seconds", "temporary MiB", "argument MiB"):
-        table.add_column(name, justify="right")
-    for report in sorted(reports, key=lambda report: -report.seconds):
-        sizes = [f"{size / MIB:,.1f}" for size in (report.temp_bytes, report.argument_bytes)]
-        table.add_row(report.name, f"{report.seconds:.2f}", *sizes)
-    Console().print(table)
-    print(f"{len(reports)} programs in {seconds:.1f} s")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage of the start-up, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield show
 
 
 if __name__ == "__main__":

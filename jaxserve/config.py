@@ -162,6 +162,8 @@ class EngineConfig:
                 f"({scheduler.max_num_seqs}), so that a step has room for prompts beside every request's next token"
             )
         block_size = self.cache.block_size or (64 if platform == "tpu" else 16)
+        if platform == "tpu" and block_size % 32:
+            raise ConfigError(f"block_size must be a multiple of 32 on a TPU, whose memory is tiled; got {block_size}")
         return replace(
             self,
             model=replace(self.model, max_model_len=max_model_len),

@@ -73,7 +73,9 @@ class Core:
         mesh = self.runtime.mesh
         assert mesh is not None, "load_core has given it one"
         sizes = self.num_pages, self.page_size, self.num_slots, self.pages_per_slot
-        abstract = abstract_state(self.model.cache_specs, *sizes, self.model.abstract[0].dtype, Shardings(mesh))
+        abstract = abstract_state(
+            self.model.cache_specs, *sizes, self.model.abstract[0].dtype, Shardings(mesh, self.runtime.attention)
+        )
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=shardings)
         state: DeviceState = make()

@@ -1,7 +1,8 @@
 """The exceptions of jaxserve. A leaf: every package but pallas_kernels may import it.
 
 * JaxserveError
-  x ConfigError            an option is unknown, or its value cannot work
+  + ConfigError            an option is unknown, or its value cannot work
+    x DoesNotFitError      the devices have too little memory
   x ModelLoadError         a model's files are missing, malformed or of an unknown architecture
   x WeightsError           weights that should replace the model's are not of its form
   + RequestError           one request cannot be served; the engine goes on
@@ -20,6 +21,10 @@ class JaxserveError(Exception):
 
 class ConfigError(JaxserveError):
     """An option is unknown, or its value cannot work."""
+
+
+class DoesNotFitError(ConfigError):
+    """The devices' memory does not hold the model with these options."""
 
 
 class ModelLoadError(JaxserveError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, DoesNotFitError
 
 if TYPE_CHECKING:
     from jaxserve.startup import Build
@@ -30,9 +30,10 @@ def num_pages(build: Build, temporaries: int | None = None) -> int:
         temporaries: bytes that the programs need while they run; None before they are compiled, for what they likely need.
 
     Raises:
-        ConfigError: not one fits.
+        DoesNotFitError: not one fits.
+        ConfigError: kv_cache_memory_bytes is too small, or has to be given.
     """
-    cache, device = build.config.cache, build.shardings.mesh.devices.flat[0]
+    cache = build.config.cache
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
     if not build.has_pages:
@@ -48,20 +49,30 @@ def num_pages(build: Build, temporaries: int | None = None) -> int:
         return pages
     if build.runtime.platform == "cpu":
         return max(GIB // build.page_bytes, 1)
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    if not limit:
-        raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
+    limit, usable = _memory(build)
     needed = (_likely_temporaries(build) if temporaries is None else temporaries) + _resident_bytes(build)
-    # The limit is what XLA may take, which is itself a share of the device's memory.
-    usable = min(limit, limit / xla_memory_fraction() * cache.gpu_memory_utilization)
     pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
     if pages <= 0:
-        raise ConfigError(
+        raise DoesNotFitError(
             f"the weights and programs need {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB on each device, which leaves no "
             "KV pages. Raise --gpu-memory-utilization or --tensor-parallel-size, or lower --max-num-batched-tokens"
             + (" or --max-num-seqs (each request has a recurrent state)." if build.has_states else ".")
         )
     return pages
+
+
+def _memory(build: Build) -> tuple[int, float]:
+    """Bytes of a device, and those of them that may be filled."""
+    share = build.config.cache.gpu_memory_utilization
+    if build.device_memory is not None:
+        return build.device_memory, build.device_memory * share
+    limit: int = (build.shardings.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit", 0)
+    if not limit:
+        raise ConfigError("the device does not say how much memory it has; give --kv-cache-memory-bytes")
+    if build.runtime.platform != "gpu":
+        return limit, limit * share
+    # The limit is what XLA may take, which is itself a share of the GPU's memory.
+    return limit, min(limit, limit / xla_memory_fraction() * share)
 
 
 def _likely_temporaries(build: Build) -> int:
@@ -103,7 +114,7 @@ def fit_model_len(build: Build, asked: int | None) -> EngineConfig:
     if holds >= model.max_model_len:
         return build.config
     if asked is not None:
-        raise ConfigError(
+        raise DoesNotFitError(
             f"max_model_len is {asked:,} tokens, but the KV pool holds {holds:,}. Lower --max-model-len or give the pool more memory."
         )
     log.warning("max_model_len is %s: that is what the KV pool holds (the model itself could do %s)", holds, model.max_model_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ class ProgramReport:
 
     Attributes:
         trace_seconds: in Python, where programs wait for each other; not saved by the compile cache.
+        output_bytes: of results that take the place of no argument.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ProgramReport:
     seconds: float
     temp_bytes: int
     argument_bytes: int
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def compile_programs(
     compiled: dict[Hashable, jax.stages.Compiled] = {}
     reports = []
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_compile, program, traces, runtime.platform): program for program in programs}
+        jobs = {pool.submit(compile_program, program, runtime, traces): program for program in programs}
         for done, job in enumerate(as_completed(jobs), start=1):
             compiled[jobs[job].key], report = job.result()
             reports.append(report)
@@ -242,14 +245,22 @@ def compile_programs(
     return Programs(compiled, tuple(reports))
 
 
-def _compile(program: Program, traces: TraceCache | None, platform: str) -> tuple[jax.stages.Compiled, ProgramReport]:
+def compile_program(
+    program: Program, runtime: Runtime, traces: TraceCache | None = None
+) -> tuple[jax.stages.Compiled, ProgramReport]:
+    """Compiles one program for the devices of the runtime's mesh."""
     started_s = time.monotonic()
-    lowered = program.jitted().lower(*program.arguments) if traces is None else traces.lower(program, platform)
+    # Pallas asks the mesh at hand which TPU it is for, else jax.devices(), where there may be none.
+    assert runtime.mesh is not None
+    on_target = jax.sharding.use_abstract_mesh(runtime.mesh.abstract_mesh) if runtime.platform == "tpu" else nullcontext()
+    with on_target:
+        lowered = program.jitted().lower(*program.arguments) if traces is None else traces.lower(program, runtime.platform)
     traced_s = time.monotonic()
     compiled = lowered.compile(compiler_options=program.options)
     seconds, memory = time.monotonic() - started_s, compiled.memory_analysis()
-    sizes = (0, 0) if memory is None else (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
-    return compiled, ProgramReport(program.name, traced_s - started_s, seconds, *sizes)
+    temporary, arguments = (0, 0) if memory is None else (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
+    outputs = _temporary_bytes(compiled) - temporary
+    return compiled, ProgramReport(program.name, traced_s - started_s, seconds, temporary, arguments, outputs)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -138,13 +138,15 @@ def abstract_state(
             shape = (num_slots, *spec.shape)
             return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=to.of((None, *spec.axes), shape))
         sharding = to.kv_pages if spec.is_sharded else to.replicated
-        return jax.ShapeDtypeStruct(spec.pages_shape(num_pages, page_size), kv_dtype or dtype, sharding=sharding)
+        shape = spec.pages_shape(num_pages, page_size, to.attention)
+        return jax.ShapeDtypeStruct(shape, kv_dtype or dtype, sharding=sharding)
 
     tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
     return DeviceState(tuple(map(cache, specs)), tables)
 
 
-def page_bytes(specs: tuple[AnyCacheSpec, ...], page_size: int, dtype: jnp.dtype, devices: int) -> int:
+def page_bytes(specs: tuple[AnyCacheSpec, ...], page_size: int, dtype: jnp.dtype, to: Shardings) -> int:
     """Bytes of one page on each device, all layers together; 0 for a model that keeps nothing but states."""
     pages = (spec for spec in specs if not isinstance(spec, StateSpec))
-    return sum(spec.page_values(page_size) // (devices if spec.is_sharded else 1) for spec in pages) * dtype.itemsize
+    values = (spec.page_values(page_size, to.attention) // (to.mesh.size if spec.is_sharded else 1) for spec in pages)
+    return sum(values) * dtype.itemsize

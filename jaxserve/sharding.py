@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.errors import ConfigError
-from jaxserve.models.interface import MODEL_AXIS, LogicalAxes
+from jaxserve.models.interface import MODEL_AXIS, LogicalAxes, pages_partition
+from jaxserve.pallas_kernels.paged_attention import Implementation
 
 ON_MODEL_AXIS = frozenset({"vocab", "heads", "kv_heads", "ffn", "experts"})
 """Logical axes that tensor (and expert) parallelism cuts, where they divide; the others are whole on every device."""
@@ -47,12 +48,17 @@ def make_meshes(tensor_parallel_size: int, data_parallel_size: int) -> list[Mesh
 
 
 class Shardings:
-    """Every sharding that the engine uses on one mesh."""
+    """Every sharding that the engine uses on one mesh.
 
-    def __init__(self, mesh: Mesh) -> None:
+    Attributes:
+        attention: the kernel that lays the pages out.
+    """
+
+    def __init__(self, mesh: Mesh, attention: Implementation = "xla") -> None:
         self.mesh = mesh
         self.replicated = NamedSharding(mesh, P())
-        self.kv_pages = NamedSharding(mesh, P(None, None, MODEL_AXIS, None))
+        self.attention = attention
+        self.kv_pages = NamedSharding(mesh, pages_partition(attention))
 
     def of(self, axes: LogicalAxes, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of a parameter; an axis that does not divide by the devices is whole on each of them."""

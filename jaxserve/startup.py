@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.absent_tpu import quiet_libtpu
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
 from jaxserve.config import GIB, EngineConfig
@@ -55,7 +56,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Build:
-    """What the steps of building share."""
+    """What the steps of building share.
+
+    Attributes:
+        device_memory: bytes of one device, where it is not there to be asked.
+    """
 
     config: EngineConfig
     model: ModelDescription
@@ -63,6 +68,7 @@ class Build:
     shardings: Shardings
     dtype: jnp.dtype
     num_pages: int = 1  # until what else needs memory is known
+    device_memory: int | None = None
 
     @property
     def has_states(self) -> bool:
@@ -86,7 +92,7 @@ class Build:
 
     @property
     def page_bytes(self) -> int:
-        return page_bytes(self.model.cache_specs, self.page_size, self.kv_dtype, self.shardings.mesh.size)
+        return page_bytes(self.model.cache_specs, self.page_size, self.kv_dtype, self.shardings)
 
     @property
     def pages_per_slot(self) -> int:
@@ -125,7 +131,8 @@ class Build:
     def _traces(self) -> TraceCache | None:
         folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]
         # On a CPU tracing is quick, and tracing for the cache takes longer: SmolLM2's first start 39 s against 33, the second alike.
-        if self.runtime.platform == "cpu" or not folder or find_spec("flatbuffers") is None:  # jax.export writes with that
+        is_there = self.runtime.platform != "cpu" and self.device_memory is None
+        if not is_there or not folder or find_spec("flatbuffers") is None:  # jax.export writes with that
             return None
         maker = (self.model.spec, self.runtime, self.shardings.mesh.shape, device.device_kind, self.buckets())
         return TraceCache(Path(folder) / "traces", repr(maker))
@@ -141,6 +148,7 @@ def build_engine(
         ConfigError: an option cannot work with this model or these devices.
         ModelLoadError: the model's files are missing, malformed or of an unknown architecture.
     """
+    quiet_libtpu()
     use_compile_cache(config.compile)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(jax.devices)  # a GPU takes seconds to be ready, as long as the config takes to be read
@@ -166,19 +174,30 @@ def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) 
     Raises:
         ConfigError, ModelLoadError: as build_engine.
     """
+    quiet_libtpu()
     use_compile_cache(config.compile)
     source = open_source(config.model.model, config.model.load_format)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     reports: list[ProgramReport] = []
     for i, mesh in enumerate(meshes):
         build = _plan(config, source, mesh)
-        reports += _compile_to_fit(build, config, _of_replica(on_progress, i, len(meshes)))[1].reports
+        reports += compile_to_fit(build, config, _of_replica(on_progress, i, len(meshes)))[1].reports
     return reports
 
 
-def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
+def plan_for(config: EngineConfig, mesh: Mesh, device_memory: int) -> Build:
+    """What would be built on devices that need not be there, each with device_memory bytes.
+
+    Raises:
+        DoesNotFitError: they have too little memory.
+        ConfigError, ModelLoadError: as build_engine.
+    """
+    return _plan(config, open_source(config.model.model, config.model.load_format), mesh, device_memory)
+
+
+def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh, device_memory: int | None = None) -> Build:
     """What to build on a mesh, the number of pages included."""
-    build = _describe(config, source, mesh)
+    build = replace(_describe(config, source, mesh), device_memory=device_memory)
     return _with_pages(build, num_pages(build), config)
 
 
@@ -187,7 +206,7 @@ def _with_pages(build: Build, pages: int, asked: EngineConfig) -> Build:
     return replace(build, config=fit_model_len(build, asked=asked.model.max_model_len))
 
 
-def _compile_to_fit(build: Build, asked: EngineConfig, on_progress: Progress | None) -> tuple[Build, Programs]:
+def compile_to_fit(build: Build, asked: EngineConfig, on_progress: Progress | None) -> tuple[Build, Programs]:
     """Compiles, and once more with fewer pages if the programs turn out to need more memory than the pool leaves them."""
     programs = build.compile(on_progress)
     pages = num_pages(build, programs.temporary_bytes)
@@ -209,7 +228,7 @@ def _build_replica(
     seed, sharding_for = build.config.model.seed, build.shardings.of
     with ThreadPoolExecutor(1) as loader:
         loading = loader.submit(load_weights, source, build.model, sharding_for=sharding_for, seed=seed, on_progress=on_progress)
-        build, programs = _compile_to_fit(build, asked, on_progress)
+        build, programs = compile_to_fit(build, asked, on_progress)
         weights = loading.result()
     inputs = build.inputs()
     store = WeightStore(build.model.paths, inputs.weights, weights)
@@ -247,7 +266,7 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     _check_quantization(config, source, model)
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
-    return Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh), dtype)
+    return Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh, attention), dtype)
 
 
 def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelDescription) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -90,22 +91,19 @@ class CacheSpec:
     window: int | None = None
 
     @property
-    def rows(self) -> int:
-        """Rows of head_dim values that a token takes."""
-        return 1 if self.kind == "latent" else 2 * self.num_kv_heads
-
-    @property
     def is_sharded(self) -> bool:
         """Whether heads spread over devices; otherwise each device holds all of it."""
         return self.kind != "latent"
 
-    def page_values(self, page_size: int) -> int:
+    def page_values(self, page_size: int, implementation: kernels.Implementation) -> int:
         """Numbers that a page holds."""
-        return page_size * self.rows * self.head_dim
+        return math.prod(self.pages_shape(1, page_size, implementation))
 
-    def pages_shape(self, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-        """Shape of the layer's pool."""
-        return (num_pages, page_size, self.rows, self.head_dim)
+    def pages_shape(self, num_pages: int, page_size: int, implementation: kernels.Implementation) -> tuple[int, int, int, int]:
+        """Shape of the layer's pool, as the attention kernel lays it out."""
+        is_latent = self.kind == "latent"
+        heads = 1 if is_latent else self.num_kv_heads
+        return kernels.pages_shape(num_pages, page_size, heads, self.head_dim, implementation, is_latent=is_latent)
 
 
 @dataclass(frozen=True)
@@ -142,21 +140,20 @@ class Runtime:
 
     def write_kv(
         self,
-        kv_pages: Float[Array, "pages page_size 2*K H"],
+        kv_pages: Float[Array, "pages ..."],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
         batch: StepBatch,
-    ) -> Float[Array, "pages page_size 2*K H"]:
+    ) -> Float[Array, "pages ..."]:
         """Writes the step's keys and values into their pages; in place when kv_pages is donated."""
-        heads = P(None, MODEL_AXIS, None)
-        pool = P(None, None, MODEL_AXIS, None)
+        heads, pool = P(None, MODEL_AXIS, None), pages_partition(self.attention)
         write = partial(kernels.write_kv, implementation=self.attention)
         return self._sharded(write, (pool, heads, heads, P()), pool)(kv_pages, k, v, batch.write_slots)
 
     def attend(
         self,
         q: Float[Array, "T N H"],
-        kv_pages: Float[Array, "pages page_size 2*K H"],
+        kv_pages: Float[Array, "pages ..."],
         batch: StepBatch,
         *,
         scale: float,
@@ -177,20 +174,20 @@ class Runtime:
             implementation=self.attention,
         )
         heads, by_head = P(None, MODEL_AXIS, None), P(MODEL_AXIS)
-        specs = (heads, P(None, None, MODEL_AXIS, None), *(P(),) * 4, by_head, by_head)
+        specs = (heads, pages_partition(self.attention), *(P(),) * 4, by_head, by_head)
         return self._sharded(attend, specs, heads)(q, kv_pages, *_rows_of(batch), sinks, alibi)
 
     def write_latent(
-        self, pages: Float[Array, "pages page_size 1 R"], latent: Float[Array, "T R"], batch: StepBatch
-    ) -> Float[Array, "pages page_size 1 R"]:
+        self, pages: Float[Array, "pages ..."], latent: Float[Array, "T R"], batch: StepBatch
+    ) -> Float[Array, "pages ..."]:
         """Writes the step's latents into their pages; in place when pages is donated."""
-        write = self._sharded(kernels.write_rows, (P(), P(), P()), P())
+        write = self._sharded(partial(kernels.write_rows, implementation=self.attention), (P(), P(), P()), P())
         return write(pages, latent[:, None], batch.write_slots)
 
     def attend_latent(
         self,
         q: Float[Array, "T N R"],
-        pages: Float[Array, "pages page_size 1 R"],
+        pages: Float[Array, "pages ..."],
         batch: StepBatch,
         *,
         scale: float,
@@ -229,6 +226,12 @@ class Runtime:
         if self.mesh is None or self.mesh.size == 1:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+
+
+def pages_partition(implementation: kernels.Implementation) -> P:
+    """How a pool whose heads spread over devices is cut."""
+    axis = kernels.head_axis(implementation)
+    return P(*(MODEL_AXIS if i == axis else None for i in range(4)))
 
 
 def _rows_of(batch: StepBatch) -> tuple[Array, Array, Array, Array]:

@@ -284,6 +284,29 @@ def test_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert rows[4][:3] == ["2", "programs", "in"] and "compile" in output.err
 
 
+@pytest.mark.parametrize(("reason", "status"), [(None, 0), ("too little memory", 1)])
+def test_compile_for_a_target(
+    reason: str | None, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = types.SimpleNamespace(name="tpu:v6e:2x2", devices=[1, 2], memory=2**30)
+    program = types.SimpleNamespace(name="decode 4", seconds=1.5, temp_bytes=2**28, argument_bytes=2**28, output_bytes=0)
+    report = types.SimpleNamespace(programs=[] if reason else [program], kv_tokens=12_800, reason=reason)
+    compiling = types.SimpleNamespace(compile_for_target=lambda config, target, on_progress: report)
+    monkeypatch.setattr("jaxserve.tpu.compile", compiling, raising=False)
+    monkeypatch.setitem(sys.modules, "jaxserve.tpu.compile", compiling)  # type: ignore[arg-type]
+    opening = types.SimpleNamespace(open_target={target.name: target}.__getitem__)
+    monkeypatch.setitem(sys.modules, "jaxserve.tpu.target", opening)  # type: ignore[arg-type]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    assert cli.main(["compile", "m", "--target", "tpu:v6e:2x2", "--tensor-parallel-size", "2"]) == status
+    out = capsys.readouterr().out
+    assert "compiled for tpu:v6e:2x2, 2 of its 2 devices; not run" in out
+    if reason:
+        assert "does not fit: too little memory" in out
+    else:
+        assert "50.0%" in out and "fits: room for 12,800 tokens of keys and values" in out
+
+
 def test_compile_needs_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compile", "m", "--compilation-cache-dir", ""]) == 2
     assert "compile fills the compile cache, and compilation_cache_dir turns it off" in capsys.readouterr().err

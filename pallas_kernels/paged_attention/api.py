@@ -1,49 +1,75 @@
 """Paged attention: the signature that every back end has, the layout of a page, and the choice of a back end.
 
-Layout: one array a layer, [pages, page_size, 2 * K, H]; key and value of kv head k are rows 2k and 2k + 1.
+Layout: one array a layer, [pages, page_size, 2 * K, H]; key and value of kv head k are rows 2k and 2k + 1. A TPU's kernel has a
+layout of its own (mosaic_tpu_layout.py).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.paged_attention import reference, xla
+from jaxserve.pallas_kernels.paged_attention import mosaic_tpu_layout, reference, xla
 
 log = logging.getLogger(__name__)
 
 E4M3_MAX = 448.0
 KERNEL_WRITE_TOKENS = 64  # fewer go as fast through XLA's scatter, which fuses what makes them
 
-Implementation = Literal["xla", "mosaic_gpu", "reference"]
+Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu", "reference"]
 
 
 def choose_implementation(platform: str, device_kind: str) -> Implementation:
-    """The back end for a device, as jax names it: Mosaic GPU on Hopper, else the blockwise XLA loops."""
+    """The back end for a device, as jax names it: Mosaic on TPUs, Mosaic GPU on Hopper, else the blockwise XLA loops."""
+    if platform == "tpu":
+        return "mosaic_tpu"
     is_hopper = any(name in device_kind for name in ("H100", "H200", "H20", "H800", "GH200"))
     return "mosaic_gpu" if platform == "gpu" and is_hopper else "xla"
 
 
-def kv_pages_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's pool."""
-    return (num_pages, page_size, 2 * num_kv_heads, head_dim)
+def pages_shape(
+    num_pages: int,
+    page_size: int,
+    num_heads: int,
+    head_dim: int,
+    implementation: Implementation = "xla",
+    *,
+    is_latent: bool = False,
+) -> tuple[int, int, int, int]:
+    """Shape of one layer's pool.
+
+    Args:
+        num_heads, head_dim: of keys and values.
+        is_latent: each row is key and value in one.
+    """
+    rows = 1 if is_latent else 2
+    if implementation == "mosaic_tpu":
+        return mosaic_tpu_layout.pages_shape(num_pages, page_size, num_heads, rows * head_dim)
+    return (num_pages, page_size, rows * num_heads, head_dim)
+
+
+def head_axis(implementation: Implementation) -> int:
+    """Which axis of a pool is cut where heads spread over devices."""
+    return mosaic_tpu_layout.HEAD_AXIS if implementation == "mosaic_tpu" else 2
 
 
 def write_kv(
-    kv_pages: Float[Array, "pages page_size 2*K H"],
+    kv_pages: Float[Array, "pages ..."],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     write_slots: Int[Array, " T"],
     implementation: Implementation = "xla",
-) -> Float[Array, "pages page_size 2*K H"]:
+) -> Float[Array, "pages ..."]:
     """Puts each token's key and value at page * page_size + offset = write_slots[t]; slots past the pool are dropped.
 
     In place when kv_pages is donated. In 8-bit pages, what e4m3 cannot hold becomes its largest number.
     """
+    if implementation == "mosaic_tpu":
+        return write_rows(kv_pages, jnp.concatenate([k, v], axis=-1), write_slots, implementation)
     # A choice by index, not a concatenation: XLA's GPU kernel for that takes twice the time.
     kv = jnp.where(jnp.arange(2)[:, None] == 0, k[:, :, None], v[:, :, None]).reshape(k.shape[0], *kv_pages.shape[2:])
     if implementation == "mosaic_gpu" and kv.shape[0] >= KERNEL_WRITE_TOKENS:
@@ -58,23 +84,34 @@ def write_kv(
 
 
 def write_rows(
-    pages: Float[Array, "pages page_size rows H"], rows: Float[Array, "T rows H"], write_slots: Int[Array, " T"]
-) -> Float[Array, "pages page_size rows H"]:
+    pages: Float[Array, "pages ..."],
+    rows: Float[Array, "T rows H"],
+    write_slots: Int[Array, " T"],
+    implementation: Implementation = "xla",
+) -> Float[Array, "pages ..."]:
     """Puts each token's rows at page * page_size + offset = write_slots[t], as write_kv does."""
+    if implementation == "mosaic_tpu":
+        from jaxserve.pallas_kernels.paged_attention import mosaic_tpu_write
+
+        written: Array = mosaic_tpu_write.write_rows(pages, _within(rows, pages), write_slots)
+        return written
     flat = pages.reshape(-1, *pages.shape[2:])
     return flat.at[write_slots].set(_as_stored(rows, pages), mode="drop").reshape(pages.shape)
 
 
-def _as_stored(rows: Float[Array, "T rows H"], pages: Float[Array, "pages page_size rows H"]) -> Float[Array, "T rows H"]:
+def _as_stored(rows: Float[Array, "T rows H"], pages: Float[Array, "pages ..."]) -> Float[Array, "T rows H"]:
     """Rows in the pages' type."""
-    if pages.dtype.itemsize == 1:
-        rows = jnp.clip(rows, -E4M3_MAX, E4M3_MAX)  # the conversion alone would give NaN
-    return rows.astype(pages.dtype)
+    return _within(rows, pages).astype(pages.dtype)
+
+
+def _within(rows: Float[Array, "T rows H"], pages: Float[Array, "pages ..."]) -> Float[Array, "T rows H"]:
+    """Rows within what 8-bit pages can hold: the conversion alone would give NaN."""
+    return jnp.clip(rows, -E4M3_MAX, E4M3_MAX) if pages.dtype.itemsize == 1 else rows
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv_pages: Float[Array, "pages page_size rows H"],
+    kv_pages: Float[Array, "pages ..."],
     page_tables: Int[Array, "B max_pages"],
     query_start: Int[Array, " B+1"],
     kv_lens: Int[Array, " B"],
@@ -96,7 +133,7 @@ def paged_attention(
 
     Args:
         q: queries.
-        kv_pages: one layer's pool.
+        kv_pages: one layer's pool, laid out as pages_shape has it.
         page_tables: pages of each row, in order; entries past kv_lens are never read.
         query_start: start of each row's tokens in q; its last entry is the number of tokens in use.
         kv_lens: keys of each row, 0 for an unused row.
@@ -109,13 +146,19 @@ def paged_attention(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         chunk: a token sees only keys of its own chunk of this many positions.
         value_dim: each row of the pool is a key of its own, and its first value_dim numbers are the value (latent attention).
-        implementation: the back end; one that cannot do these shapes leaves them to the XLA loops, and says so once.
+        implementation: the back end; a GPU's that cannot do these shapes leaves them to the XLA loops, and says so once.
             "reference" is the only one with a gradient, and needs every token of q to be in use.
 
     Returns:
         [T, N, value_dim or H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
     """
     arguments = (q, kv_pages, page_tables, query_start, kv_lens, num_single_rows, sinks)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk, "value_dim": value_dim}
+    if implementation == "mosaic_tpu":
+        from jaxserve.pallas_kernels.paged_attention import mosaic_tpu
+
+        attended: Array = mosaic_tpu.paged_attention(*arguments, alibi, **options)
+        return attended
     if implementation == "mosaic_gpu":
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
 
@@ -130,7 +173,7 @@ def paged_attention(
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
     attend = reference.paged_attention if implementation == "reference" else xla.paged_attention
-    return attend(*arguments, alibi, scale=scale, window=window, softcap=softcap, chunk=chunk, value_dim=value_dim)
+    return attend(*arguments, alibi, **options)
 
 
 @functools.cache

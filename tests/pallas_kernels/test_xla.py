@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.paged_attention import kv_pages_shape, reference, write_kv, xla
+from jaxserve.pallas_kernels.paged_attention import pages_shape, reference, write_kv, xla
 from tests.pallas_kernels.paged_cases import Shape, paged_case
 
 OPTIONS: list[dict] = [{}, {"window": 20}, {"softcap": 5.0}, {"sinks": True}, {"window": 150, "softcap": 3.0}]
@@ -49,7 +49,7 @@ def test_neighbours_do_not_change_a_row() -> None:
 
 
 def test_write_kv_puts_tokens_in_place_and_drops_padding() -> None:
-    pages = jnp.zeros(kv_pages_shape(3, 4, 2, 8))
+    pages = jnp.zeros(pages_shape(3, 4, 2, 8))
     k = jnp.arange(3 * 2 * 8, dtype=jnp.float32).reshape(3, 2, 8)
     slots = jnp.asarray([5, 11, 12], jnp.int32)  # 12 is one past the pool
     written = jax.jit(write_kv)(pages, k, -k, slots).reshape(12, 2, 2, 8)
@@ -59,7 +59,7 @@ def test_write_kv_puts_tokens_in_place_and_drops_padding() -> None:
 
 
 def test_write_kv_saturates_8_bit_pages() -> None:
-    pages = jnp.zeros(kv_pages_shape(1, 4, 1, 8), jnp.float8_e4m3fn)
+    pages = jnp.zeros(pages_shape(1, 4, 1, 8), jnp.float8_e4m3fn)
     k = jnp.full((1, 1, 8), 1e6)
     written = jax.jit(write_kv)(pages, k, -k, jnp.asarray([2], jnp.int32)).astype(jnp.float32)
     np.testing.assert_array_equal(written[0, 2, :, 0], [448, -448])

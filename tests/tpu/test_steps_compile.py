@@ -1,0 +1,36 @@
+"""Whole steps compile for every chip: kernels are used, nothing copies the pool, and devices talk as often as they must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tpu.steps import CHIPS, check_step, compile_step, count_collectives, plan, write_config
+from tests.tpu.test_target import needs_libtpu
+
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("no_compile_cache")]
+
+SIZES = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
+
+
+@pytest.mark.parametrize("step", ["decode 16", pytest.param("forward 256", marks=pytest.mark.tpu)])
+@pytest.mark.parametrize("target", CHIPS)
+def test_four_layers_on_four_devices(target: str, step: str, tmp_path: Path) -> None:
+    """Sums after each half of a layer and after the embedding; the logits are put together once."""
+    build = plan(write_config(tmp_path), target, 4, **SIZES)
+    compiled = compile_step(build, step)
+    check_step(build, compiled)
+    collectives = count_collectives(compiled.as_text())
+    assert collectives.pop("all-gather") == 1
+    assert sum(collectives.values()) == 2 * 4 + 1, collectives
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("step", ["decode 16", "forward 256"])
+@pytest.mark.parametrize("target", CHIPS)
+def test_four_layers_on_one_device(target: str, step: str, tmp_path: Path) -> None:
+    build = plan(write_config(tmp_path), target, **SIZES)
+    compiled = compile_step(build, step)
+    check_step(build, compiled)
+    assert not count_collectives(compiled.as_text())
