@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
@@ -49,6 +49,13 @@ class RequestStream:
         output = await self._queue.get()
         self._ended = output.finished
         return output
+
+    def more(self) -> Iterator[RequestOutput]:
+        """What has come already; does not wait."""
+        while not (self._ended or self._queue.empty()):
+            output = self._queue.get_nowait()
+            self._ended = output.finished
+            yield output
 
     def put(self, output: RequestOutput) -> None:
         """Called on the stream's event loop."""

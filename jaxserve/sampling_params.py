@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 
 from jaxserve.errors import InvalidRequestError
 
-_OF_BEAM_SEARCH = {"length_penalty", "early_stopping"}
-_NOT_IN_BEAM_SEARCH = {
+_OF_BEAM_SEARCH = ("length_penalty", "early_stopping")
+_NOT_IN_BEAM_SEARCH = (
     "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
     "bad_words", "stop", "min_tokens", "logprobs", "prompt_logprobs",
-}  # fmt: skip
+)  # fmt: skip
 _ALL_TOKENS = {"top_k": -1}  # besides the default
 
 
@@ -126,9 +126,9 @@ class SamplingParams:
         is_known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
         _check(is_known, "early_stopping", 'true, false or "never"', self.early_stopping)
         names, why = (_NOT_IN_BEAM_SEARCH, "does not go with") if self.use_beam_search else (_OF_BEAM_SEARCH, "needs")
-        for f in fields(self):
-            if f.name in names and getattr(self, f.name) not in (f.default, _ALL_TOKENS.get(f.name)):
-                raise InvalidRequestError(f"{f.name} {why} use_beam_search", param=f.name)
+        for name in names:
+            if getattr(self, name) not in (_DEFAULTS[name], _ALL_TOKENS.get(name)):
+                raise InvalidRequestError(f"{name} {why} use_beam_search", param=name)
         if not self.use_beam_search:
             return
         _check(self.temperature in (0, 1), "temperature", "0 or 1 with use_beam_search, which draws nothing", self.temperature)
@@ -147,14 +147,16 @@ class SamplingParams:
     @classmethod
     def from_defaults(cls, defaults: Mapping[str, Any], **given: Any) -> Self:
         """Params from the model's generation_config, overridden by what the request gives (None counts as not given)."""
-        known = {f.name for f in fields(cls)}
-        merged = {k: v for k, v in defaults.items() if k in known and v is not None}
+        merged = {k: v for k, v in defaults.items() if k in _DEFAULTS and v is not None}
         merged |= {k: v for k, v in given.items() if v is not None}
         return cls(**merged)
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 
 
 def _check(ok: bool, name: str, wanted: str, got: object) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve import __version__
 from jaxserve.server.config import ServerConfig
@@ -23,6 +25,7 @@ from jaxserve.server.middleware.hosts import AllowedHosts
 from jaxserve.server.middleware.http_metrics import HttpMetrics
 from jaxserve.server.middleware.rate_limit import RateLimit
 from jaxserve.server.responses.store import ResponseStore
+from jaxserve.server.route import JsonRoutes
 from jaxserve.server.routes.chat import chat_router
 from jaxserve.server.routes.completions import completions_router
 from jaxserve.server.routes.health import health_router
@@ -63,7 +66,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
             serving.close()
             await asyncio.to_thread(engine.shutdown)
 
-    app = FastAPI(
+    app = App(
         title="jaxserve",
         version=__version__,
         lifespan=lifespan,
@@ -71,34 +74,50 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
         redoc_url=None,
     )
     add_error_handlers(app)
-    app.include_router(chat_router(serving))
-    app.include_router(completions_router(serving))
-    app.include_router(responses_router(serving, responses))
-    app.include_router(messages_router(serving))
-    app.include_router(ollama_router(serving))
-    app.include_router(tokens_router(serving))
-    app.include_router(models_router(serving))
-    app.include_router(health_router(serving, metrics, config.metrics_alias))
-    if config.profile is not None:
-        app.include_router(profile_router(Path(config.profile)))
-    app.include_router(page_router())
-    _add_layers(app, config, metrics)
+    routers = [
+        chat_router(serving),
+        completions_router(serving),
+        responses_router(serving, responses),
+        messages_router(serving),
+        ollama_router(serving),
+        tokens_router(serving),
+        models_router(serving),
+        health_router(serving, metrics, config.metrics_alias),
+        *([] if config.profile is None else [profile_router(Path(config.profile))]),
+        page_router(),
+    ]
+    for router in routers:
+        app.router.routes.extend(router.routes)  # not include_router: see JsonRoute
+    app.entry = _in_layers(app.entry, app.routes, config, metrics)
     return app
 
 
-def _add_layers(app: FastAPI, config: ServerConfig, metrics: EngineMetrics) -> None:
-    """What a request passes on its way to a route; the last one added comes first."""
+class App(FastAPI):
+    """FastAPI's routes and documents behind the server's own layers.
+
+    Attributes:
+        entry: what a request meets first.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.entry: ASGIApp = super().__call__
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.entry(scope, receive, send)
+
+
+def _in_layers(app: ASGIApp, routes: Iterable[BaseRoute], config: ServerConfig, metrics: EngineMetrics) -> ASGIApp:
+    """The app with what a request passes on its way to a route; the last one comes first."""
     keys = ApiKeys.from_config(config)
-    app.add_middleware(
-        BodyLimits, max_bytes=config.max_body_bytes, max_json_depth=config.max_json_depth, timeout_s=config.body_timeout
-    )
+    app = JsonRoutes(app, routes)
+    app = BodyLimits(app, max_bytes=config.max_body_bytes, max_json_depth=config.max_json_depth)
     if config.rate_limit:
-        app.add_middleware(RateLimit, per_minute=config.rate_limit)
+        app = RateLimit(app, per_minute=config.rate_limit)
     if keys:
-        app.add_middleware(Authentication, keys=keys, isolate_prefix_cache=config.isolate_prefix_cache)
+        app = Authentication(app, keys=keys, isolate_prefix_cache=config.isolate_prefix_cache)
     if (hosts := config.hosts(has_keys=bool(keys))) is not None:
-        app.add_middleware(AllowedHosts, hosts=hosts)
+        app = AllowedHosts(app, hosts=hosts)
     if config.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=config.origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HttpMetrics, metrics=metrics)
-    app.add_middleware(AccessLog)
+        app = CORSMiddleware(app, allow_origins=config.origins, allow_methods=["*"], allow_headers=["*"])
+    return AccessLog(HttpMetrics(app, metrics=metrics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import RequestError
@@ -45,27 +46,40 @@ class Batch:
         for stream in self._streams:
             stream.abort()
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """Yields (index of the prompt, output) as the outputs come.
+    async def outputs(self) -> AsyncGenerator[list[tuple[int, RequestOutput]]]:
+        """Yields (index of the prompt, output) for all that has come since the last time: under load, one write for several.
 
         Raises:
             RequestError: the engine could not finish one of the requests.
         """
+        async with aclosing(self._news()) as all_news:
+            async for news in all_news:
+                errors = [output.error for _, output in news if output.error is not None]
+                if len(errors) < len(news):
+                    yield [item for item in news if item[1].error is None]
+                if errors:
+                    raise RequestError(errors[0])
+
+    async def _news(self) -> AsyncGenerator[list[tuple[int, RequestOutput]]]:
         if len(self._streams) == 1:
-            async for output in self._streams[0]:
-                yield 0, _checked(output)
+            (stream,) = self._streams
+            async for output in stream:
+                yield [(0, output), *((0, more) for more in stream.more())]
             return
         queue: asyncio.Queue[tuple[int, RequestOutput | None]] = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
         num_open = len(pumps)
         try:
             while num_open:
-                i, item = await queue.get()
-                if item is not None:
-                    yield i, _checked(item)
-                else:
-                    await pumps[i]  # raises what ended it
-                    num_open -= 1
+                items = [await queue.get()]
+                while not queue.empty():
+                    items.append(queue.get_nowait())
+                if news := [(i, output) for i, output in items if output is not None]:
+                    yield news
+                for i, item in items:
+                    if item is None:
+                        await pumps[i]  # raises what ended it
+                        num_open -= 1
         finally:
             for pump in pumps:
                 pump.cancel()
@@ -78,9 +92,3 @@ async def _pump(index: int, stream: RequestStream, queue: asyncio.Queue[tuple[in
             queue.put_nowait((index, output))
     finally:
         queue.put_nowait((index, None))
-
-
-def _checked(output: RequestOutput) -> RequestOutput:
-    if output.error is not None:
-        raise RequestError(output.error)
-    return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Literal, cast
@@ -23,6 +24,8 @@ from jaxserve.errors import (
     RequestError,
 )
 from jaxserve.server.wire import Json
+
+log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody reads it but the access log
 
@@ -59,10 +62,6 @@ class BodyTooLargeError(RequestError):
     """The request's body is larger than the server takes."""
 
 
-class BodyTimeoutError(RequestError):
-    """The request's body did not come in time."""
-
-
 # exception -> status, OpenAI's "type", "code"; the closest class of the exception's own tree counts
 _KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
     InvalidRequestError: (400, "invalid_request_error", None),
@@ -73,13 +72,13 @@ _KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
     PermissionDeniedError: (403, "permission_error", "insufficient_permissions"),
     RateLimitError: (429, "rate_limit_error", "rate_limit_exceeded"),
     BodyTooLargeError: (413, "invalid_request_error", "request_too_large"),
-    BodyTimeoutError: (408, "invalid_request_error", "request_timeout"),
     QueueFullError: (429, "rate_limit_error", "queue_full"),
     EngineDeadError: (503, "server_error", "engine_dead"),
     Exception: (500, "server_error", None),
 }
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 _RETRY_AFTER_S = "1"
+NO_JSON = "the body must be a JSON object, sent with the header Content-Type: application/json"
 REJECTED = "rejected"  # in a request's state: the code of its error
 
 
@@ -127,7 +126,8 @@ def describe_limit(status: int, message: str) -> tuple[bytes, bytes]:
     """The status line and the body for what has not become a request."""
     kind = "server_error" if status == 503 else "invalid_request_error"
     line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode("ascii")
-    return line, bytes(Json(error_body(status, message, kind)).body)
+    code = "request_timeout" if status == 408 else None
+    return line, bytes(Json(error_body(status, message, kind, code)).body)
 
 
 def _dialect_of(path: str) -> Dialect:
@@ -136,20 +136,24 @@ def _dialect_of(path: str) -> Dialect:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Registers one handler for each family of exceptions."""
-    app.add_exception_handler(JaxserveError, _on_error)
-    app.add_exception_handler(Exception, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
-    app.add_exception_handler(ValidationError, _on_invalid_body)
+    for kind in (JaxserveError, RequestValidationError, ValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+def answer_to(error: Exception, scope: Scope) -> Response:
+    """The answer to a request whose handling raised something, whatever it is."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if isinstance(error, RequestValidationError | ValidationError):
+        error = explain_validation(error)
+    elif not isinstance(error, JaxserveError):
+        log.error("a request failed", exc_info=error)
+    return error_response(error, scope)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope)
-
-
-async def _on_invalid_body(request: Request, error: Exception) -> Response:
-    return error_response(explain_validation(cast(ValidationError, error)), request.scope)
+    return answer_to(error, request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -158,10 +162,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     code, dialect = _HTTP_CODES.get(error.status_code), _dialect_of(request.scope["path"])
     body = error_body(error.status_code, message, "invalid_request_error", code, dialect=dialect)
     return Json(body, error.status_code, error.headers)
-
-
-async def _on_disconnect(_: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def explain_validation(error: RequestValidationError | ValidationError) -> InvalidRequestError:
@@ -181,7 +181,7 @@ def _explain(error: Mapping[str, Any]) -> tuple[str | None, str]:
     own_param = (context["param"],) if "param" in context else ()
     param = _path((*error["loc"], *own_param))
     if not param:
-        return None, "the body must be a JSON object, sent with the header Content-Type: application/json"
+        return None, NO_JSON
     if own_param:  # a whole sentence of protocol.py's
         return param, error["msg"]
     if error["type"] == "missing":

@@ -91,6 +91,7 @@ class EngineMetrics:
         self._http_requests = Counter(
             "http_requests", "HTTP requests, by route and status.", ["handler", "method", "status"], registry=self.http_registry
         )
+        self._answers: dict[tuple[str, str, int], Counter] = {}  # finding a label takes longer than counting
 
     def on_step(self, stats: StepStats) -> None:
         self._last_step = stats
@@ -113,7 +114,11 @@ class EngineMetrics:
 
     def on_response(self, handler: str, method: str, status: int, error_code: str | None) -> None:
         """An HTTP request was answered."""
-        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        answer = (handler, method, status // 100)
+        counter = self._answers.get(answer)
+        if counter is None:
+            counter = self._answers[answer] = self._http_requests.labels(handler, method, f"{status // 100}xx")
+        counter.inc()
         if error_code in _REJECTIONS:
             self._rejections[error_code].inc()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -63,7 +63,7 @@ class Usage:
 
 
 def new_request_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{os.urandom(16).hex()}"
 
 
 class SingleReply:
@@ -91,10 +91,11 @@ class SingleReply:
     async def deltas(self) -> AsyncGenerator[CompletionOutput]:
         """What is new, each time."""
         async with aclosing(self._batch.outputs()) as outputs:
-            async for i, output in outputs:
-                self.usage.add(i, output)
-                for completion in output.outputs:
-                    yield completion
+            async for news in outputs:
+                for i, output in news:
+                    self.usage.add(i, output)
+                    for completion in output.outputs:
+                        yield completion
 
 
 class Reply:
@@ -115,10 +116,11 @@ class Reply:
         """The reply as one JSON value, from requests of OutputKind.FINAL_ONLY."""
         choices, extras = [], {}
         async with aclosing(self._batch.outputs()) as outputs:
-            async for i, output in outputs:
-                self._usage.add(i, output)
-                choices += [self._choices.choice(i * self._n + c.index, c, output) for c in output.outputs]
-                extras = self._choices.extras(output)
+            async for news in outputs:
+                for i, output in news:
+                    self._usage.add(i, output)
+                    choices += [self._choices.choice(i * self._n + c.index, c, output) for c in output.outputs]
+                    extras = self._choices.extras(output)
         choices.sort(key=lambda choice: choice["index"])
         return {**self._head, "object": object_name, "choices": choices, "usage": self._usage.as_dict(), **extras}
 
@@ -130,17 +132,20 @@ class Reply:
         extras: dict[str, Any] | None = None
         try:
             async with aclosing(self._batch.outputs()) as outputs:
-                async for i, output in outputs:
-                    self._usage.add(i, output)
-                    if extras is None:
-                        extras = self._choices.extras(output)
-                    if options.continuous_usage_stats:
-                        head["usage"] = self._usage.as_dict()
-                    chunks = [self._choices.chunk(i * self._n + c.index, c, output) for c in output.outputs]
-                    events = b"".join([encode_event({**head, "choices": [chunk], **extras}) for chunk in chunks if chunk])
+                async for news in outputs:
+                    events = []
+                    for i, output in news:
+                        self._usage.add(i, output)
+                        if extras is None:
+                            extras = self._choices.extras(output)
+                        if options.continuous_usage_stats:
+                            head["usage"] = self._usage.as_dict()
+                        for c in output.outputs:
+                            if chunk := self._choices.chunk(i * self._n + c.index, c, output):
+                                events.append(encode_event({**head, "choices": [chunk], **extras}))
+                                extras = {}
                     if events:
-                        extras = {}
-                        yield events
+                        yield b"".join(events)
             if options.include_usage:
                 yield encode_event({**head, "choices": [], "usage": self._usage.as_dict()})
         except Exception as e:

@@ -165,7 +165,8 @@ class Serving:
             asked = min(room, body.default_max_tokens or defaults.get("max_tokens") or room)
         if body.use_beam_search:
             defaults = {}  # they say how to draw, and a search draws nothing
-        given = {name: getattr(body, name) for name in _SAME_NAME}
+        fields = vars(body)
+        given = {name: value for name in _SAME_NAME if (value := fields[name]) is not None}
         if isinstance(body, CompletionRequest):
             given["best_of"] = body.best_of if body.best_of != body.n else None  # else it could not be streamed
         return SamplingParams.from_defaults(

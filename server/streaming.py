@@ -5,35 +5,55 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+PRESENCE = "jaxserve.presence"  # the extension of a request's scope
 
-async def until_disconnect[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+
+class Presence:
+    """Whether a connection's client is there.
+
+    Attributes:
+        on_leave: called when it goes.
+    """
+
+    def __init__(self) -> None:
+        self.has_gone = False
+        self.on_leave: Callable[[], object] | None = None
+
+    def leave(self) -> None:
+        self.has_gone = True
+        if self.on_leave is not None:
+            self.on_leave()
+
+
+async def until_disconnect[T](scope: Scope, work: Coroutine[Any, Any, T]) -> T:
     """Awaits `work`, and cancels it when the client goes first.
+
+    Args:
+        scope: the request's, from a GuardedProtocol.
 
     Raises:
         ClientDisconnect: the client has gone.
     """
-    task = asyncio.create_task(work)
-    watch = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+    presence: Presence = scope["extensions"][PRESENCE]
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    if presence.has_gone:
+        work.close()
         raise ClientDisconnect
+    presence.on_leave = task.cancel
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if presence.has_gone and not task.uncancel():  # else somebody else has cancelled it, too
+            raise ClientDisconnect from None
+        raise
     finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        presence.on_leave = None
 
 
 class EventStream(StreamingResponse):
@@ -50,6 +70,6 @@ class EventStream(StreamingResponse):
         try:
             async with aclosing(self._events):
                 with suppress(ClientDisconnect):
-                    await until_disconnect(receive, self.stream_response(send))
+                    await until_disconnect(scope, self.stream_response(send))
         finally:
             self._on_close()

@@ -138,7 +138,7 @@ def create_worker(engine: AsyncEngine, worker: Worker, config: ServerConfig) -> 
     add_error_handlers(app)
     app.include_router(_router(worker))
     limits: dict[str, Any] = {"max_bytes": config.max_body_bytes, "max_json_depth": config.max_json_depth}
-    app.add_middleware(BodyLimits, timeout_s=config.body_timeout, **limits)
+    app.add_middleware(BodyLimits, **limits)
     return app
 
 
@@ -163,7 +163,7 @@ def _router(worker: Worker) -> APIRouter:
                     pass
             return value
 
-        return Json(await until_disconnect(request.receive, last()))
+        return Json(await until_disconnect(request.scope, last()))
 
     @router.post("/worker_get_status")
     async def get_status() -> Response:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,7 +29,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = given if _ID.fullmatch(given) else os.urandom(16).hex().encode()
         status = 0
 
         async def send_with_id(message: Message) -> None:

@@ -1,15 +1,14 @@
-"""BodyLimits: reads a request's body before the routes do, and no more of it, no longer and no deeper than is allowed."""
+"""BodyLimits: reads a request's body before the routes do, and no more of it and no deeper than is allowed."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from itertools import accumulate
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.server.errors import BodyTimeoutError, BodyTooLargeError
+from jaxserve.server.errors import BodyTooLargeError
 from jaxserve.server.middleware.refuse import refuse
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -20,26 +19,21 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 class BodyLimits:
     """Hands the body on in one piece."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_json_depth: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_json_depth: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_depth = max_json_depth
-        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self._timeout_s):
-                body = await self._read(scope, receive)
+            body = await self._read(scope, receive)
             if body is None:
                 return  # the client has gone
             if nesting(body, self._max_depth) > self._max_depth:
                 raise InvalidRequestError(f"the body's brackets may be nested {self._max_depth} deep")
-        except TimeoutError:
-            await refuse(BodyTimeoutError(f"the body did not come within {self._timeout_s:g} seconds"), scope, receive, send)
-            return
         except (BodyTooLargeError, InvalidRequestError) as e:
             await refuse(e, scope, receive, send)
             return

@@ -11,13 +11,14 @@ from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.server.protocol import ChatRequest, StreamOptions
 from jaxserve.server.reply import Reply, new_request_id
+from jaxserve.server.route import JsonRoute
 from jaxserve.server.serving import Serving, salt_of
 from jaxserve.server.streaming import EventStream, until_disconnect
 from jaxserve.server.wire import Json
 
 
 def chat_router(serving: Serving) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -26,7 +27,7 @@ def chat_router(serving: Serving) -> APIRouter:
         if body.stream:
             return EventStream(reply.events("chat.completion.chunk", body.stream_options or StreamOptions()), reply.abort)
         try:
-            return Json(await until_disconnect(request.receive, reply.whole("chat.completion")))
+            return Json(await until_disconnect(request.scope, reply.whole("chat.completion")))
         finally:
             reply.abort()
 

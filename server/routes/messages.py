@@ -8,13 +8,14 @@ from starlette.responses import Response
 from jaxserve.server.anthropic.protocol import CountRequest, MessagesRequest
 from jaxserve.server.anthropic.reply import MessageReply
 from jaxserve.server.reply import new_request_id
+from jaxserve.server.route import JsonRoute
 from jaxserve.server.serving import Serving, salt_of
 from jaxserve.server.streaming import EventStream, until_disconnect
 from jaxserve.server.wire import Json
 
 
 def messages_router(serving: Serving) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/messages")
     async def create_message(body: MessagesRequest, request: Request) -> Response:
@@ -25,12 +26,12 @@ def messages_router(serving: Serving) -> APIRouter:
         if body.stream:
             return EventStream(reply.events(), reply.abort)
         try:
-            return Json(await until_disconnect(request.receive, reply.whole()))
+            return Json(await until_disconnect(request.scope, reply.whole()))
         finally:
             reply.abort()
 
     @router.post("/v1/messages/count_tokens")
-    async def count_tokens(body: CountRequest) -> Response:
+    async def count_tokens(body: CountRequest, _: Request) -> Response:
         """How many tokens a request of /v1/messages would have."""
         serving.check_model(body.model)
         return Json({"input_tokens": len(await serving.chat_prompt(body.as_chat()))})

@@ -6,7 +6,7 @@ import hashlib
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxserve import __version__
@@ -16,6 +16,7 @@ from jaxserve.server.ollama.protocol import OllamaChatRequest, OllamaGenerateReq
 from jaxserve.server.ollama.reply import OllamaReply, TextFields, as_message, as_response
 from jaxserve.server.protocol import ChatRequest
 from jaxserve.server.reply import new_request_id
+from jaxserve.server.route import JsonRoute
 from jaxserve.server.serving import Serving, salt_of
 from jaxserve.server.streaming import EventStream, until_disconnect
 from jaxserve.server.wire import Json
@@ -23,7 +24,7 @@ from jaxserve.server.wire import Json
 
 def ollama_router(serving: Serving) -> APIRouter:
     # Ollama's own server takes a body without a type, and some of its clients rely on that.
-    router = APIRouter(strict_content_type=False, dependencies=[Depends(_refuse_pages_without_type)])
+    router = APIRouter(route_class=JsonRoute, strict_content_type=False)
     card = _card(serving)
 
     @router.post("/api/chat")
@@ -55,7 +56,7 @@ def ollama_router(serving: Serving) -> APIRouter:
         return Json({"models": [card | {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]})
 
     @router.post("/api/show")
-    async def ollama_show(body: ShowRequest) -> Response:
+    async def ollama_show(body: ShowRequest, _: Request) -> Response:
         """What Ollama's clients ask about a model."""
         _check(serving, body.model)
         tokenizer = serving.engine.tokenizer
@@ -72,18 +73,12 @@ def ollama_router(serving: Serving) -> APIRouter:
     return router
 
 
-async def _refuse_pages_without_type(request: Request) -> None:
-    """A web page elsewhere can send a body without a type, and nobody is asked first; but its browser says where it comes from."""
-    if "origin" in request.headers and "content-type" not in request.headers and request.method == "POST":
-        raise InvalidRequestError("send the header Content-Type: application/json")
-
-
 async def _answer(request: Request, batch: Batch, model: str, text_fields: TextFields, stream: bool) -> Response:
     reply = OllamaReply(batch, model, text_fields)
     if stream:
         return EventStream(reply.lines(), reply.abort, media_type="application/x-ndjson")
     try:
-        return Json(await until_disconnect(request.receive, reply.whole()))
+        return Json(await until_disconnect(request.scope, reply.whole()))
     finally:
         reply.abort()
 

@@ -16,6 +16,7 @@ from jaxserve.server.reply import new_request_id
 from jaxserve.server.responses.protocol import ResponsesRequest
 from jaxserve.server.responses.reply import ResponsesReply
 from jaxserve.server.responses.store import ResponseStore, StoredResponse
+from jaxserve.server.route import JsonRoute
 from jaxserve.server.serving import Serving, owner_of, salt_of
 from jaxserve.server.streaming import EventStream, until_disconnect
 from jaxserve.server.wire import Json
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def responses_router(serving: Serving, store: ResponseStore) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/responses")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
@@ -46,7 +47,7 @@ def responses_router(serving: Serving, store: ResponseStore) -> APIRouter:
         if body.stream:
             return EventStream(_events(reply, stored, store if body.store else None), reply.abort)
         try:
-            await until_disconnect(request.receive, reply.whole())
+            await until_disconnect(request.scope, reply.whole())
         finally:
             reply.abort()
         if body.store:

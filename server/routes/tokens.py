@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.protocol import MAX_MESSAGES, ChatFields, Fields, Message, Text
+from jaxserve.server.route import JsonRoute
 from jaxserve.server.serving import Serving
 from jaxserve.server.wire import Json
 
@@ -34,10 +35,10 @@ class DetokenizeRequest(Fields):
 
 
 def tokens_router(serving: Serving) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, _: Request) -> Response:
         """Text or messages to token ids."""
         serving.check_model(body.model)
         if (body.prompt is None) == (not body.messages):
@@ -51,7 +52,7 @@ def tokens_router(serving: Serving) -> APIRouter:
         return Json(reply | {"token_strs": strings})
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, _: Request) -> Response:
         """Token ids to text."""
         serving.check_model(body.model)
         vocab_size = serving.tokenizer("tokens").vocab_size

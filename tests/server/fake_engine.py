@@ -158,6 +158,9 @@ class FakeStream:
             self._end()
         return output
 
+    def more(self) -> tuple[RequestOutput, ...]:
+        return ()
+
     def abort(self) -> None:
         if not self._ended.is_set():
             self._engine.aborted.add(self.request_id)

@@ -60,7 +60,7 @@ def post(http: httpx.Client, body: dict[str, Any]) -> tuple[int, dict[str, Any]]
         (CHAT | {"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         (CHAT | {"stream": True, "stream_options": {"other": True}}, "stream_options.other", "not supported"),
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": "hi"}, "messages", "valid list"),
+        ({"messages": "hi"}, "messages", "valid array"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
         (
