@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve import __version__
 from jaxserve.cli_bench import add_bench
 from jaxserve.cli_compile import compile_for_target, print_reports, show_progress
-from jaxserve.cli_flags import Fields, add_flags, read_options
+from jaxserve.cli_flags import Fields, add_flags, batch_files, read_options
 from jaxserve.cli_simulate import add_simulate
 from jaxserve.config import EngineConfig, option_fields
 from jaxserve.errors import ConfigError, EngineDeadError, JaxserveError
@@ -77,8 +77,15 @@ def make_parser() -> argparse.ArgumentParser:
     _add_engine_flags(generate)
 
     batch = _add_command(commands, "run-batch", run_batch, "answer a file of requests in OpenAI's batch format")
-    batch.add_argument("--input", metavar="FILE", required=True, help="JSON lines, each a request with a custom_id")
-    batch.add_argument("--output", metavar="FILE", required=True, help="the responses, as JSON lines; must not exist")
+    batch.usage = "jaxserve run-batch [MODEL] INPUT OUTPUT [options]"
+    batch.add_argument(
+        "files",
+        nargs="*",
+        metavar="INPUT OUTPUT",
+        help="the requests, and where the responses go; without MODEL, the first request names it",
+    )
+    batch.add_argument("--input", metavar="FILE", help="JSON lines, each a request with a custom_id")
+    batch.add_argument("--output", metavar="FILE", help="the responses, as JSON lines; must not exist")
     _add_engine_flags(batch)
 
     worker = _add_command(commands, "fastchat-worker", run_fastchat_worker, "a worker for a FastChat controller")
@@ -162,13 +169,13 @@ def run_serve(args: argparse.Namespace) -> None:
     set_up_logging(server_config)
     with bind(server_config) as sock:  # before the model is loaded: a busy port is known at once
         metrics = EngineMetrics(config.model.served_model_name or config.model.model)
-        observer: Observer = metrics
+        tracing = None
         if server_config.otlp_traces_endpoint is not None:
             from jaxserve.server.tracing import trace_to
 
-            observer = trace_to(server_config.otlp_traces_endpoint, metrics, config.model.model)
-        engine = _load(config, observer)
-        app = create_app(engine, server_config, metrics=metrics)
+            tracing = trace_to(server_config.otlp_traces_endpoint, metrics, config.model.model)
+        engine = _load(config, tracing or metrics)
+        app = create_app(engine, server_config, metrics=metrics, tracing=tracing)
         run(app, engine, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
 
 
@@ -202,16 +209,19 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_batch(args: argparse.Namespace) -> None:
-    config = _engine_config(read_options(args, ENGINE_OPTIONS))
-    from jaxserve.server.run_batch import run_batch
+    from jaxserve.server.run_batch import model_of, run_batch
 
-    engine = _load(config)
+    source, target = batch_files(args)
+    options = read_options(args, ENGINE_OPTIONS)
+    if "model" not in options:
+        options["model"] = model_of(source)
+    engine = _load(_engine_config(options))
     assert engine.config.scheduler.max_num_seqs is not None, "the engine resolves it"
     with show_progress() as on_progress:
         counts = run_batch(
             engine,
-            Path(args.input),
-            Path(args.output),
+            source,
+            target,
             concurrency=2 * engine.config.scheduler.max_num_seqs,
             on_progress=lambda done, total: on_progress("requests", done, total),
         )

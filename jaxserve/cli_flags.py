@@ -52,6 +52,24 @@ def read_options(args: argparse.Namespace, known: Fields) -> dict[str, Any]:
     return from_file | {name: getattr(args, name) for name in known if hasattr(args, name)}
 
 
+def batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The input and the output, as words or as flags; a word before them is left as the model.
+
+    Raises:
+        ConfigError: there are more words, or fewer.
+    """
+    words = [*([args.model] if hasattr(args, "model") else []), *args.files]
+    files = [name for name in (args.input, args.output) if name is not None] or words[-2:]
+    model = words if args.input or args.output else words[:-2]
+    if len(files) != 2 or len(model) > 1:
+        raise ConfigError("give the requests and where the responses go: jaxserve run-batch [MODEL] INPUT OUTPUT")
+    if model:
+        args.model = model[0]
+    elif words:
+        del args.model
+    return Path(files[0]), Path(files[1])
+
+
 def _read_file(path: Path, known: Fields) -> dict[str, Any]:
     import yaml
 

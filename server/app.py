@@ -37,21 +37,26 @@ from jaxserve.server.routes.profile import profile_router
 from jaxserve.server.routes.responses import responses_router
 from jaxserve.server.routes.tokens import tokens_router
 from jaxserve.server.serving import Serving
+from jaxserve.server.tracing import TraceContext
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.server.tracing import Tracing
 
 
 MAX_STORED_CHARACTERS = 2**26
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetrics | None = None) -> FastAPI:
+def create_app(
+    engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetrics | None = None, tracing: Tracing | None = None
+) -> FastAPI:
     """The HTTP API over a loaded engine.
 
     Args:
         metrics: the observer that the engine was built with; without it /metrics stays at zero.
+        tracing: the same, where there are traces.
     """
-    serving = Serving(engine)
+    serving = Serving(engine, config.prompt_timeout, tracing.remember if tracing is not None else lambda _: None)
     metrics = metrics or EngineMetrics(serving.model_name)
     metrics.set_cache_config(engine.config)
     responses = ResponseStore(config.max_stored_responses, MAX_STORED_CHARACTERS)
@@ -89,6 +94,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, metrics: EngineMetr
     for router in routers:
         app.router.routes.extend(router.routes)  # not include_router: see JsonRoute
     app.entry = _in_layers(app.entry, app.routes, config, metrics)
+    if tracing is not None:
+        app.entry = TraceContext(app.entry)
     return app
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,17 @@ class Batch:
     """
 
     def __init__(
-        self, engine: AsyncEngine, prompts: Sequence[tuple[list[int], SamplingParams]], request_id: str, **options: Any
+        self,
+        engine: AsyncEngine,
+        prompts: Sequence[tuple[list[int], SamplingParams]],
+        request_id: str,
+        before: Callable[[str], None] = lambda _: None,
+        **options: Any,
     ) -> None:
         """Submits every prompt, or none: when one is refused, those before it are aborted.
 
         Args:
+            before: called with the id of each engine request, before it is submitted.
             **options: the same for each prompt, as AsyncEngine.submit takes them.
         """
         self.request_id = request_id
@@ -36,7 +42,9 @@ class Batch:
         self._streams: list[RequestStream] = []
         try:
             for i, (token_ids, params) in enumerate(prompts):
-                self._streams.append(engine.submit(token_ids, params, request_id=f"{request_id}-{i}", **options))
+                name = f"{request_id}-{i}"
+                before(name)
+                self._streams.append(engine.submit(token_ids, params, request_id=name, **options))
         except BaseException:
             self.abort()
             raise

@@ -49,6 +49,7 @@ class ServerConfig:
     # How long
     header_timeout: int = option(10, "seconds that a request's head may take")
     body_timeout: int = option(60, "seconds that a request's body may take")
+    prompt_timeout: int = option(20, "seconds that the chat template and the tokenizer may take for a request")
     write_timeout: int = option(60, "seconds that a client may leave an answer unread before its connection is cut")
     keep_alive_timeout: int = option(5, "seconds that a connection may be idle between two requests")
     shutdown_timeout: int = option(10, "seconds that running requests get to finish on SIGTERM or Ctrl-C")

@@ -216,7 +216,7 @@ class ChatFields(Fields):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[Text, Text | bool | int | float] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+    chat_template_kwargs: dict[Word, Text | bool | int | float] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
 
     @model_validator(mode="after")
     def _check_continuation(self) -> Self:

@@ -95,6 +95,23 @@ def run_batch(
     return counts
 
 
+def model_of(path: Path) -> str:
+    """The model that the first request of a file names.
+
+    Raises:
+        ConfigError: it names none, or the file cannot be read.
+    """
+    try:
+        name = json.loads(next(_lines(path), "{}"))["body"]["model"]
+    except OSError as e:
+        raise ConfigError(f"cannot open {path}: {e.strerror}") from e
+    except (ValueError, RecursionError, LookupError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise ConfigError(f"no model: the first request of {path} names none. Give MODEL.")
+    return name
+
+
 def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         yield from (line for line in file if line.strip())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.server.batch import Batch
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import ModelNotFoundError
+from jaxserve.server.prompt_threads import PromptThreads
 from jaxserve.server.protocol import ChatFields, ChatRequest, CompletionRequest, SamplingFields
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _SAME_NAME = (
     "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 SHORT = 1000  # characters that are encoded sooner than they are handed to another thread
+MESSAGE = 20  # characters that take as long as a message does, beyond its text
 # In a request's state, where the check of its key has put them
 SALT = "cache_salt"
 OWNER = "owner"
@@ -45,16 +46,25 @@ class Serving:
         max_model_len: prompt and output tokens of one request at most.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        prompt_timeout_s: float = ServerConfig.prompt_timeout,
+        before_submit: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            before_submit: is told the id of each request of the engine, in the context of the HTTP request.
+        """
         model = engine.config.model
         self.engine = engine
         self.model_name = model.served_model_name or model.model
         self.max_model_len = cast(int, model.max_model_len)  # the engine has resolved it
-        # One thread: a long prompt must not hold up the event loop.
-        self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._threads = PromptThreads(prompt_timeout_s)
+        self._before_submit = before_submit
 
     def close(self) -> None:
-        self._tokenize_thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     def check_model(self, name: str | None) -> None:
         """Holds a request to the model that is served; a request without a name gets it.
@@ -92,15 +102,16 @@ class Serving:
     ) -> Batch:
         own = body.cache_salt or ""
         both = json.dumps([salt, own]) if salt or own else ""
-        options = {"priority": body.priority, "cache_salt": both, "continues_text": continues_text}
-        return Batch(self.engine, prompts, request_id, **options)
+        options: dict[str, Any] = {"priority": body.priority, "cache_salt": both, "continues_text": continues_text}
+        return Batch(self.engine, prompts, request_id, self._before_submit, **options)
 
     async def chat_prompt(self, body: ChatFields) -> list[int]:
         """The token ids of a chat's messages in the model's template."""
         tokenizer = self.tokenizer("messages")
-        num_characters = sum(len(message.content) for message in body.messages)
-        self._check_size(tokenizer, num_characters, "messages")
         kwargs = body.chat_template_kwargs or {}
+        num_characters = sum(len(message.content) + len(message.name or "") for message in body.messages)
+        num_characters += sum(len(value) for value in kwargs.values() if isinstance(value, str))
+        self._check_size(tokenizer, num_characters, "messages")
         for name in kwargs:
             if name in _TEMPLATE_OWN or not _is_read_by(tokenizer.chat_template or "", name):
                 text = f"chat_template_kwargs: {name!r} is not a variable of this model's chat template"
@@ -113,36 +124,43 @@ class Serving:
         def encode() -> list[int]:
             return tokenizer.apply_chat_template(messages, add_generation_prompt=body.begins_message, **options)
 
-        return encode() if num_characters <= SHORT else await self._in_thread(encode)
+        size = num_characters + MESSAGE * len(messages)
+        return encode() if size <= SHORT else await self._threads.run(size, encode)
 
     async def prompts(self, body: CompletionRequest) -> list[list[int]]:
         """The token ids of each prompt."""
-        prompts: list[list[int]] = []
-        for prompt in body.prompt:
-            if isinstance(prompt, str):
-                prompts.append(await self.encode(prompt, body.add_special_tokens))
-            else:
-                prompts.append(prompt)
-        return prompts
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        if not texts:
+            return cast(list[list[int]], body.prompt)
+        return await self.encode(texts, body.add_special_tokens)
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The token ids of a prompt."""
+    async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """The token ids of some prompts."""
         tokenizer = self.tokenizer("prompt")
-        self._check_size(tokenizer, len(text), "prompt")
-        if len(text) <= SHORT:
-            return tokenizer.encode(text, add_special_tokens)
-        return await self._in_thread(tokenizer.encode, text, add_special_tokens)
+        for text in texts:
+            self._check_size(tokenizer, len(text), "prompt")
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        size = sum(map(len, texts)) + MESSAGE * len(texts)
+        return encode() if size <= SHORT else await self._threads.run(size, encode)
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
-        return await self._in_thread(self.tokenizer("tokens").decode, token_ids, False)
+        tokenizer = self.tokenizer("tokens")
+        return await self._threads.run(len(token_ids), lambda: tokenizer.decode(token_ids, False))
 
     async def prompt_texts(self, body: CompletionRequest) -> list[str]:
         """The text of each prompt, from its token ids where it came as such; empty without a tokenizer."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             return [""] * len(body.prompt)
-        return [p if isinstance(p, str) else await self._in_thread(tokenizer.decode, p) for p in body.prompt]
+
+        def texts() -> list[str]:
+            return [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompt]
+
+        return await self._threads.run(sum(map(len, body.prompt)), texts)
 
     def sampling_params(self, body: SamplingFields, num_prompt_tokens: int) -> SamplingParams:
         """The request's fields over the model's defaults.
@@ -202,9 +220,6 @@ class Serving:
             text = "this server has no tokenizer (--skip-tokenizer-init); send token ids as the prompt to /v1/completions"
             raise InvalidRequestError(text, param=field)
         return self.engine.tokenizer
-
-    async def _in_thread[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, lambda: work(*args, **kwargs))
 
 
 def owner_of(request: Request) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import FinishedStats, Observer, StepStats, TokenStats
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.util.types import AttributeValue
+
+MAX_PARENTS = 10_000
+
+_parent: ContextVar[Context | None] = ContextVar("parent", default=None)
 
 Part = tuple[str, float, float]
 """(name, beginning, end), by the engine's clock."""
@@ -28,6 +38,7 @@ class Tracing:
         self._observer = observer
         self._provider = provider
         self._tracer = provider.get_tracer("jaxserve")
+        self._parents: OrderedDict[str, Context] = OrderedDict()  # of requests that have not ended, by their ids
 
     def on_step(self, stats: StepStats) -> None:
         self._observer.on_step(stats)
@@ -38,6 +49,14 @@ class Tracing:
     def on_finished(self, stats: FinishedStats) -> None:
         self._observer.on_finished(stats)
         self._record(stats)
+
+    def remember(self, request_id: str) -> None:
+        """A request of the engine begins, in the context of its HTTP request: its trace goes on with the client's."""
+        parent = _parent.get()
+        if parent is not None:
+            self._parents[request_id] = parent
+            if len(self._parents) > MAX_PARENTS:  # some were refused, and have never ended
+                self._parents.popitem(last=False)
 
     def close(self) -> None:
         """Sends what has not been sent."""
@@ -62,11 +81,33 @@ class Tracing:
             "gen_ai.latency.time_in_queue": stats.queue_s,
             "jaxserve.num_preemptions": stats.num_preemptions,
         }
-        root = self._tracer.start_span("llm_request", start_time=at(stats.arrival_s), kind=SpanKind.SERVER, attributes=attributes)
+        parent = self._parents.pop(stats.request_id, None)
+        root = self._tracer.start_span(
+            "llm_request", parent, start_time=at(stats.arrival_s), kind=SpanKind.SERVER, attributes=attributes
+        )
         context = set_span_in_context(root)
         for name, begin_s, end_s in parts(stats):
             self._tracer.start_span(name, context=context, start_time=at(begin_s)).end(at(end_s))
         root.end(at(stats.ended_s))
+
+
+class TraceContext:
+    """An ASGI layer that reads the client's trace from W3C's headers `traceparent` and `tracestate`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._app = app
+        self._extract = TraceContextTextMapPropagator().extract
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            given = headers.getlist("traceparent")
+            if len(given) == 1:  # the others are unclear, and begin a trace of their own
+                carrier = {"traceparent": given[0], "tracestate": ",".join(headers.getlist("tracestate"))}
+                _parent.set(self._extract(carrier))
+        await self._app(scope, receive, send)
 
 
 def parts(stats: FinishedStats) -> Iterator[Part]:

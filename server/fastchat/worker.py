@@ -84,7 +84,8 @@ class Worker:
     async def count(self, prompt: str) -> int:
         messages = read_messages(prompt)
         if messages is None:
-            return len(await self.serving.encode(prompt, add_special_tokens=True))
+            (tokens,) = await self.serving.encode([prompt], add_special_tokens=True)
+            return len(tokens)
         return len(await self.serving.chat_prompt(ChatRequest.model_validate({"messages": messages})))
 
     async def values(self, params: GenerateParams) -> AsyncGenerator[dict[str, Any]]:

@@ -44,7 +44,7 @@ def tokens_router(serving: Serving) -> APIRouter:
         if (body.prompt is None) == (not body.messages):
             raise InvalidRequestError("give either prompt or messages", param="prompt")
         if body.prompt is not None:
-            tokens = await serving.encode(body.prompt, body.add_special_tokens)
+            (tokens,) = await serving.encode([body.prompt], body.add_special_tokens)
         else:
             tokens = await serving.chat_prompt(body)
         strings = [serving.tokenizer("prompt").token_text(i) for i in tokens] if body.return_token_strs else None

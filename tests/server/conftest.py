@@ -16,17 +16,18 @@ from jaxserve.async_engine import AsyncEngine
 from jaxserve.server.app import create_app
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.run import Server, bind
+from jaxserve.server.tracing import Tracing
 from tests.server.fake_engine import FakeEngine
 
 Serve = Callable[..., str]
 
 
 @contextmanager
-def served(engine: FakeEngine | AsyncEngine, config: ServerConfig) -> Iterator[str]:
+def served(engine: FakeEngine | AsyncEngine, config: ServerConfig, tracing: Tracing | None = None) -> Iterator[str]:
     """The URL of a server over `engine`, that stops at the end."""
     ready = threading.Event()
     with bind(config) as sock:
-        server = Server(create_app(engine, config), sock, config, lambda _: ready.set())
+        server = Server(create_app(engine, config, tracing=tracing), sock, config, lambda _: ready.set())
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
         thread.start()
         try:

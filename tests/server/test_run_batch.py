@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jaxserve import cli
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.run_batch import run_batch
 from tests.server.fake_engine import MODEL, FakeEngine
@@ -75,3 +78,42 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it exists"):
         run_batch(FakeEngine(), source, tmp_path / "out", concurrency=1)
     assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ("{folder}/in.jsonl {folder}/out.jsonl", MODEL),  # the requests name it
+        ("other {folder}/in.jsonl {folder}/out.jsonl", "other"),
+        ("{folder}/in.jsonl {folder}/out.jsonl --config {folder}/config.yaml", "configured"),
+        ("other --input {folder}/in.jsonl --output {folder}/out.jsonl", "other"),
+        ("--input {folder}/in.jsonl --output {folder}/out.jsonl", MODEL),
+    ],
+)
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, model: str) -> None:
+    (tmp_path / "in.jsonl").write_text(line("a"))
+    (tmp_path / "config.yaml").write_text("model: configured")
+    loaded: list[EngineConfig] = []
+
+    def load(config: EngineConfig) -> FakeEngine:
+        loaded.append(config)
+        engine = FakeEngine()
+        engine.config = replace(engine.config, scheduler=replace(engine.config.scheduler, max_num_seqs=4))
+        return engine
+
+    monkeypatch.setattr(cli, "_load", load)
+    assert cli.main(["run-batch", *words.format(folder=tmp_path).split()]) == 0
+    assert loaded[0].model.model == model
+    assert json.loads((tmp_path / "out.jsonl").read_text())["response"]["status_code"] == 200
+
+
+@pytest.mark.parametrize(
+    "words", ["in.jsonl", "a b c d", "model --input in.jsonl", "model in.jsonl out.jsonl --input x", "empty.jsonl out.jsonl"]
+)
+def test_command_lines_that_do_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    assert cli.main(["run-batch", *words.split()]) == 2
+    assert "error: " in capsys.readouterr().err

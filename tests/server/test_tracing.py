@@ -20,7 +20,11 @@ from jaxserve.server.metrics import EngineMetrics
 from jaxserve.server.tracing import Tracing, make_provider, trace_to
 from tests.server.conftest import Serve
 from tests.server.fake_engine import FakeEngine
+from tests.server.tiny_server import tiny_server
 from tests.tiny import greedy, tiny_engine
+
+TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def children(spans: list[ReadableSpan], root: ReadableSpan) -> list[ReadableSpan]:
@@ -63,6 +67,33 @@ def test_spans_add_up_to_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None
         assert names[0] == "queue" and names[-2:] == ["decode", "detokenize"] and set(names[1:-2]) == {"prefill"}
     assert [part.name for part in children(spans, roots[0])].count("prefill") >= 3  # 150 tokens in chunks of at most 64
     assert roots[0].attributes["gen_ai.usage.completion_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_child"),
+    [
+        ([("traceparent", PARENT), ("tracestate", "a=1")], True),
+        ([("Traceparent", PARENT)], True),
+        ([], False),
+        ([("traceparent", "00-junk")], False),
+        ([("traceparent", PARENT), ("traceparent", PARENT)], False),
+    ],
+)
+def test_a_clients_trace_goes_on(headers: list[tuple[str, str]], is_child: bool) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(EngineMetrics("tiny"), make_provider(exporter, "tiny"))
+    with tiny_server(tracing) as server:  # it has asked once before
+        body = {"prompt": ["abc", "de"], "max_tokens": 3}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 200
+        server.assert_well()
+    assert not tracing._parents
+    tracing.close()
+    roots = [span for span in exporter.get_finished_spans() if span.name == "llm_request"]
+    of_client = [span for span in roots if span.parent is not None]
+    assert len(of_client) == (2 if is_child else 0) and len(roots) >= 3
+    for root in of_client:
+        assert (root.context.trace_id, root.parent and root.parent.span_id) == (TRACE_ID, 0xB7AD6B7169203331)
+        assert all(part.context.trace_id == TRACE_ID for part in children(list(exporter.get_finished_spans()), root))
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:

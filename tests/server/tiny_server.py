@@ -10,6 +10,7 @@ import httpx
 
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.server.config import ServerConfig
+from jaxserve.server.tracing import Tracing
 from tests.server.conftest import served, wait_for
 from tests.tiny import VOCAB, tiny_engine
 
@@ -68,12 +69,12 @@ class TinyServer:
 
 
 @contextmanager
-def tiny_server(**options: Any) -> Iterator[TinyServer]:
+def tiny_server(tracing: Tracing | None = None, **options: Any) -> Iterator[TinyServer]:
     """A server over a tiny engine, whose answers are short if nothing else is asked for."""
-    engine = tiny_engine(AsciiTokenizer())
+    engine = tiny_engine(AsciiTokenizer(), tracing)
     engine.default_sampling["max_tokens"] = 4
     served_engine = AsyncEngine(engine)
-    with served(served_engine, ServerConfig(port=0, shutdown_timeout=1, **options)) as url:
+    with served(served_engine, ServerConfig(port=0, shutdown_timeout=1, **options), tracing) as url:
         server = TinyServer(url, served_engine)
         try:
             yield server
