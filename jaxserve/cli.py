@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from jaxserve import __version__
 from jaxserve.cli_bench import add_bench
 from jaxserve.cli_compile import compile_for_target, print_reports, show_progress
+from jaxserve.cli_engine import ENGINE_OPTIONS, add_engine_flags, engine_config
 from jaxserve.cli_flags import Fields, add_flags, batch_files, read_options
 from jaxserve.cli_simulate import add_simulate
-from jaxserve.config import EngineConfig, option_fields
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, EngineDeadError, JaxserveError
 from jaxserve.server.config import MIB, ServerConfig
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
     from jaxserve.metrics import Observer
 
-ENGINE_OPTIONS: Fields = {f.name: f for _, f in option_fields()}
 SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
 
 # What a FastChat worker has of the server's options
@@ -64,17 +63,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     serve = _add_command(commands, "serve", run_serve, "an OpenAI-compatible server, with a chat page at /")
     add_flags(serve, "server", inspect.getdoc(ServerConfig) or "", SERVER_OPTIONS.values())
-    _add_engine_flags(serve)
+    add_engine_flags(serve)
 
     chat = _add_command(commands, "chat", run_chat, "a conversation in the terminal")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     _add_sampling_flags(chat, "as many as fit")
-    _add_engine_flags(chat)
+    add_engine_flags(chat)
 
     generate = _add_command(commands, "generate", run_generate, "complete prompts, without a chat template")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; standard input if not given")
     _add_sampling_flags(generate, "16")
-    _add_engine_flags(generate)
+    add_engine_flags(generate)
 
     batch = _add_command(commands, "run-batch", run_batch, "answer a file of requests in OpenAI's batch format")
     batch.usage = "jaxserve run-batch [MODEL] INPUT OUTPUT [options]"
@@ -86,14 +85,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     batch.add_argument("--input", metavar="FILE", help="JSON lines, each a request with a custom_id")
     batch.add_argument("--output", metavar="FILE", help="the responses, as JSON lines; must not exist")
-    _add_engine_flags(batch)
+    add_engine_flags(batch)
 
     worker = _add_command(commands, "fastchat-worker", run_fastchat_worker, "a worker for a FastChat controller")
     worker.add_argument("--controller-address", default="http://localhost:21001", metavar="URL", help="where the controller is")
     worker.add_argument("--worker-address", metavar="URL", help="where the controller finds this worker; its own if not given")
     worker.add_argument("--model-names", default="", metavar="A,B", help="the names that FastChat's users see")
     add_flags(worker, "server", inspect.getdoc(ServerConfig) or "", [SERVER_OPTIONS[name] for name in _WORKER_OPTIONS])
-    _add_engine_flags(worker)
+    add_engine_flags(worker)
 
     new_key = commands.add_parser("new-key", help="make an API key", description="Makes an API key for --api-key-file.")
     new_key.add_argument("name", metavar="NAME", help="whose key it is")
@@ -106,11 +105,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help="compile for devices that are not there, such as tpu:v6e:2x2 or gpu:h100:2, only to see whether the model fits",
     )
-    _add_engine_flags(compile_)
+    add_engine_flags(compile_)
 
     convert = _add_command(commands, "convert", run_convert, "write a model's parameters as devices hold them, for faster starts")
     convert.add_argument("--output", metavar="FOLDER", required=True, help="what to serve afterwards; must be new or empty")
-    _add_engine_flags(convert)
+    add_engine_flags(convert)
 
     known = "the architectures that can be served, and how each is checked"
     models = commands.add_parser("models", help=known, description=known[0].upper() + known[1:] + ".")
@@ -140,12 +139,6 @@ def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], i
     return parser
 
 
-def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    for part in fields(EngineConfig):
-        options = [f for name, f in option_fields() if name == part.name and f.name != "model"]
-        add_flags(parser, part.name, inspect.getdoc(part.default_factory) or "", options)
-
-
 def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> None:
     group = parser.add_argument_group("sampling", "What is not given is the model's own default.")
     for name, (kind, text) in _SAMPLING.items():
@@ -160,7 +153,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> Non
 def run_serve(args: argparse.Namespace) -> None:
     options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS})
     server_config = ServerConfig(**{name: options.pop(name) for name in SERVER_OPTIONS if name in options})
-    config = _engine_config(options)
+    config = engine_config(options)
     from jaxserve.server.app import create_app
     from jaxserve.server.logs import set_up_logging
     from jaxserve.server.metrics import EngineMetrics
@@ -180,7 +173,7 @@ def run_serve(args: argparse.Namespace) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    engine = _load(_engine_config(read_options(args, ENGINE_OPTIONS)))
+    engine = _load(engine_config(read_options(args, ENGINE_OPTIONS)))
     from jaxserve.cli_chat import Chat
 
     engine.start()
@@ -191,7 +184,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    config = engine_config(read_options(args, ENGINE_OPTIONS))
     prompts = args.prompt or [_read_prompt()]
     from jaxserve import LLM
     from jaxserve.cli_chat import printable
@@ -215,7 +208,7 @@ def run_batch(args: argparse.Namespace) -> None:
     options = read_options(args, ENGINE_OPTIONS)
     if "model" not in options:
         options["model"] = model_of(source)
-    engine = _load(_engine_config(options))
+    engine = _load(engine_config(options))
     assert engine.config.scheduler.max_num_seqs is not None, "the engine resolves it"
     with show_progress() as on_progress:
         counts = run_batch(
@@ -232,7 +225,7 @@ def run_fastchat_worker(args: argparse.Namespace) -> None:
     options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS})
     given = {name: options.pop(name) for name in _WORKER_OPTIONS if name in options}
     server_config = ServerConfig(**({"port": 21002} | given))
-    config = _engine_config(options)
+    config = engine_config(options)
     from jaxserve.server.fastchat.controller import Registration
     from jaxserve.server.fastchat.worker import Worker, create_worker
     from jaxserve.server.logs import set_up_logging
@@ -264,7 +257,7 @@ def run_new_key(args: argparse.Namespace) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> int:
-    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    config = engine_config(read_options(args, ENGINE_OPTIONS))
     if args.target is not None:
         return compile_for_target(config, args.target)
     if config.compile.cache_path is None:
@@ -281,7 +274,7 @@ def run_compile(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    config = _engine_config(read_options(args, ENGINE_OPTIONS))
+    config = engine_config(read_options(args, ENGINE_OPTIONS))
     from jaxserve.convert import convert_model
 
     with show_progress() as on_progress:
@@ -296,17 +289,6 @@ def run_models(args: argparse.Namespace) -> None:
 
 
 # Their parts
-
-
-def _engine_config(options: dict[str, Any]) -> EngineConfig:
-    """The config, with the environment set up for it; must run before jax is imported."""
-    config = EngineConfig.from_options(**options)
-    if not config.model.model:
-        raise ConfigError("no model: give MODEL, or `model:` in the --config file")
-    # What jaxserve does not fill is left to the runtime's own buffers, hence a little above.
-    fraction = min(0.98, config.cache.gpu_memory_utilization + 0.05)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
-    return config
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits, common_window
 from jaxserve.metrics import Observer
+from jaxserve.model_defaults import default_sampling, eos_token_ids, load_tokenizer
 from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.loading import (
     ModelDescription,
@@ -34,7 +35,6 @@ from jaxserve.models.loading import (
     open_source,
     resolve_dtype,
 )
-from jaxserve.models.loading.resolve import resolve_model
 from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
@@ -153,7 +153,7 @@ def build_engine(
     with ThreadPoolExecutor(1) as pool:
         pool.submit(jax.devices)  # a GPU takes seconds to be ready, as long as the config takes to be read
         source = open_source(config.model.model, config.model.load_format)
-        tokenizer = _load_tokenizer(config, source)
+        tokenizer = load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
         _build_replica(
@@ -239,8 +239,8 @@ def _build_replica(
         tokenizer,
         vocab_size=build.model.vocab_size,
         weights=store,
-        eos_token_ids=_eos_token_ids(source, tokenizer),
-        default_sampling=_default_sampling(build.config, source),
+        eos_token_ids=eos_token_ids(source, tokenizer),
+        default_sampling=default_sampling(build.config, source),
         description=_summary(build, programs),
         observer=observer,
     )
@@ -304,29 +304,6 @@ def _scheduler(build: Build) -> Scheduler:
     # A page alone cannot be gone on from where layers also keep a state.
     cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching and not build.has_states else None
     return Scheduler(limits, pool, build.page_size, cache)
-
-
-def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer | None:
-    if config.model.skip_tokenizer_init or (source.kind == "dummy" and config.model.tokenizer is None):
-        return None
-    from jaxserve.tokenizer import load_tokenizer
-
-    return load_tokenizer(resolve_model(config.model.tokenizer) if config.model.tokenizer else source.path)
-
-
-def _eos_token_ids(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Every id that ends a text."""
-    declared = source.generation_config.get("eos_token_id")
-    ids = frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    return ids if tokenizer is None else ids.union(tokenizer.end_token_ids)
-
-
-def _default_sampling(config: EngineConfig, source: ModelSource) -> dict[str, Any]:
-    if config.model.generation_config == "none":
-        return {}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    given = {name: source.generation_config.get(name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _summary(build: Build, programs: Programs) -> dict[str, str]:

@@ -30,7 +30,7 @@ EXAMPLE = {"requests": 200, "per_s": 40.0}
 
 
 def mixed(case: dict[str, Any]) -> list[TraceRequest]:
-    """The case's lengths, drawn as bench/run_cases.py does, all at once."""
+    """The case's lengths, drawn as `jaxserve bench offline` does, all at once."""
     rng = np.random.default_rng(case["len_seed"])
 
     def lengths(mean: float, sigma: float) -> list[int]:

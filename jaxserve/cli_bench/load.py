@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
     best = min(loads, key=lambda found: found["seconds"])
     result = {
         "gb": round(num_bytes / 1e9, 3),
-        "read_gb_s": round(num_bytes / read_s / 1e9, 2),
-        "load_gb_s": round(num_bytes / best["seconds"] / 1e9, 2),
-        "load_to_read": round(read_s / best["seconds"], 2),
+        "read_gb_s": float(f"{num_bytes / read_s / 1e9:.3g}"),
+        "load_gb_s": float(f"{num_bytes / best['seconds'] / 1e9:.3g}"),
+        "load_to_read": float(f"{read_s / best['seconds']:.3g}"),
         "peak_host_gb": round(max(found["peak_bytes"] for found in loads) / 1e9, 3),
         "peak_host_without_weights_gb": round(max(found["peak_bytes"] - found["host_weights"] for found in loads) / 1e9, 3),
         "device": best["device"],
