@@ -23,7 +23,7 @@ from jaxserve.models.spec import (
 
 
 def _gpt_oss(config: HfConfig) -> DecoderSpec:
-    clamped = ClampedSwiglu(alpha=float(config.swiglu_alpha), limit=float(config.swiglu_limit))
+    clamped = ClampedSwiglu(alpha=float(getattr(config, "swiglu_alpha", 1.702)), limit=float(config.swiglu_limit))
     block = MoeSpec(
         num_experts=config.num_local_experts,
         top_k=config.num_experts_per_tok,

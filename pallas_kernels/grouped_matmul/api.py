@@ -22,7 +22,7 @@ class Groups:
         source: [R], the item of each row; any for a row of no item.
         place: [n], the row of each item; R for an item of no group.
         sizes: [E], rows of each group, a multiple of the block.
-        block_groups: [R / block], the group of each block.
+        block_groups: [R / block], the group of each block in use.
         num_blocks: [1], blocks in use; they come first.
     """
 
@@ -39,10 +39,12 @@ class Groups:
 
 
 def choose_block(num_items: int, num_groups: int, implementation: Implementation) -> int:
-    """Rows a block: the GPU kernel takes 64 or 128 at a time, and computes those of no item as well."""
+    """Rows a block. The GPU kernel multiplies 64 or 128 at a time, but what else happens to the rows should touch few of no item."""
     if implementation != "mosaic_gpu":
         return 1
-    return 128 if num_items >= 128 * num_groups else 64
+    if num_items >= 128 * num_groups:
+        return 128
+    return next((block for block in (8, 16, 32) if num_items <= block // 2 * num_groups), 64)
 
 
 def group_rows(group: Int[Array, " n"], num_groups: int, block: int) -> Groups:
@@ -54,22 +56,29 @@ def group_rows(group: Int[Array, " n"], num_groups: int, block: int) -> Groups:
     """
     (num_items,) = group.shape
     most = num_items if block == 1 else (min(num_groups, num_items) + num_items // block) * block
-    group = jnp.where((group >= 0) & (group < num_groups), group, num_groups)
-    order = jnp.argsort(group)
-    group = group[order]
+    is_some = (group >= 0) & (group < num_groups)
+    group = jnp.where(is_some, group, num_groups)
     counts = jnp.sum(group[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
     blocks = (counts + (block - 1)) // block
-    shift = (jnp.cumsum(blocks) - blocks) * block - (jnp.cumsum(counts) - counts)
-    row = jnp.arange(num_items) + shift.at[group].get(mode="clip")
-    row = jnp.where(group < num_groups, row, most)
-    of_block = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(most // block), side="right", method="compare_all")
+    start = (jnp.cumsum(blocks) - blocks) * block
+    place = jnp.where(is_some, start.at[group].get(mode="clip") + _rank(group, counts), most)
     return Groups(
-        source=jnp.zeros(most, order.dtype).at[row].set(order, mode="drop"),
-        place=jnp.zeros_like(row).at[order].set(row),
+        source=jnp.zeros(most, jnp.int32).at[place].set(jnp.arange(num_items), mode="drop"),
+        place=place,
         sizes=blocks * block,
-        block_groups=jnp.minimum(of_block, num_groups - 1).astype(jnp.int32),
+        block_groups=jnp.zeros(most // block, jnp.int32).at[place // block].set(group, mode="drop"),
         num_blocks=jnp.sum(blocks, keepdims=True, dtype=jnp.int32),
     )
+
+
+def _rank(group: Int[Array, " n"], counts: Int[Array, " E"]) -> Int[Array, " n"]:
+    """How many earlier items are of the same group."""
+    n = jnp.arange(group.shape[0])
+    if group.shape[0] <= 1024:  # one kernel, where a sort is several
+        return jnp.sum((group[:, None] == group) & (n[:, None] > n), axis=1, dtype=jnp.int32)
+    order = jnp.argsort(group)
+    first = (jnp.cumsum(counts) - counts).at[group[order]].get(mode="clip")
+    return jnp.zeros_like(group).at[order].set(n - first)
 
 
 def grouped_matmul(

@@ -54,13 +54,17 @@ def grouped_matmul(
     num_blocks: Int[Array, " 1"],
     config: Config | None = None,
 ) -> Float[Array, "R M"]:
-    """Each block of R / blocks rows (64 or 128) times its group's matrix; blocks from num_blocks[0] on are left undefined."""
+    """Each block of R / blocks rows (8 to 128) times its group's matrix; blocks from num_blocks[0] on are left undefined.
+
+    A tile has at least 64 rows. Of a smaller block's tile, the rows that follow belong to other groups and are not stored.
+    """
     (total_rows, depth), num_cols = x.shape, w.shape[2]
-    rows = total_rows // block_groups.shape[0]
+    block = total_rows // block_groups.shape[0]
+    rows = max(block, ROWS)
     config = config or choose_config(rows, block_groups.shape[0], num_cols)
     tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     warpgroups = rows // ROWS
-    body = _Body(config=config, rows=rows, pieces=depth // DEPTH, warpgroups=warpgroups)
+    body = _Body(config=config, block=block, rows=rows, pieces=depth // DEPTH, warpgroups=warpgroups)
     product: jax.Array = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((total_rows, num_cols), x.dtype),
@@ -84,6 +88,7 @@ class _Body:
     """The kernel's body and its static parameters."""
 
     config: Config
+    block: int
     rows: int
     pieces: int
     warpgroups: int
@@ -127,7 +132,7 @@ class _Body:
                     plgpu.barrier_wait(free.at[slot])
 
                 depth = pl.ds(pl.multiple_of(j * DEPTH, DEPTH), DEPTH)
-                row = pl.multiple_of(block * self.rows, self.rows)
+                row = pl.multiple_of(block * self.block, self.block)
                 plgpu.copy_gmem_to_smem(w.at[group, depth, pl.ds(col, self.config.cols)], ws.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(row, self.rows), depth], xs.at[slot], full.at[slot])
 
@@ -169,8 +174,9 @@ class _Body:
             outs.at[wg][...] = product.astype(out.dtype)
             plgpu.commit_smem()
             block, col = tile(n)
-            row = pl.multiple_of(block * self.rows, self.rows) + above
-            plgpu.copy_smem_to_gmem(outs.at[wg], out.at[pl.ds(row, ROWS), pl.ds(col, cols)])
+            row = pl.multiple_of(block * self.block, self.block) + above
+            stored = min(self.block, ROWS)
+            plgpu.copy_smem_to_gmem(outs.at[wg, pl.ds(0, stored)], out.at[pl.ds(row, stored), pl.ds(col, cols)])
 
         lax.fori_loop(0, mine, multiply_tile, None)
         plgpu.wait_smem_to_gmem(0)
