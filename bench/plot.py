@@ -109,7 +109,8 @@ def main() -> None:
     groups = {}
     for file in sorted((HERE / "results" / "h100").glob("*.json")):
         model, dtype = file.stem.rsplit("_", 1)
-        groups[f"{model}, {dtype}"] = list(bars_of(json.loads(file.read_text())["runs"], vllm[f"{model} {dtype}"]))
+        if (theirs := vllm.get(f"{model} {dtype}")) is not None:
+            groups[f"{model}, {dtype}"] = list(bars_of(json.loads(file.read_text())["runs"], theirs))
     OUT.write_text(draw(groups))
     print(OUT)
 
