@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import GIB, EngineConfig
 from jaxserve.server.config import MIB
 
 if TYPE_CHECKING:
@@ -19,20 +19,26 @@ def compile_for_target(config: EngineConfig, name: str) -> int:
     """Compiles for devices that are not there; 0 if the model fits."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is compiled for absent devices cannot be read back
     os.environ["JAX_PLATFORMS"] = "cpu"  # this machine's own accelerator is not meant, and may be in use
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "3"
+    )  # XLA takes memory that is not there for an error; what fails is raised anyhow
     from jaxserve.tpu import compile as compiling
     from jaxserve.tpu.target import open_target
 
     target, started_s = open_target(name), time.monotonic()
     with show_progress() as on_progress:
         report = compiling.compile_for_target(config, target, on_progress=on_progress)
-    if report.programs:
-        print_reports(report.programs, time.monotonic() - started_s, target.memory)
-    print(f"compiled for {name}, {config.parallel.tensor_parallel_size} of its {len(target.devices)} devices; not run")
-    if report.reason is None:
-        print(f"fits: room for {report.kv_tokens:,} tokens of keys and values")
-        return 0
-    print(f"does not fit: {report.reason}")
-    return 1
+    used = f"{config.parallel.tensor_parallel_size} of the {len(target.devices)} devices of {name}"
+    if report.reason is not None:
+        print(f"does not fit on {used}: {report.reason}")
+        return 1
+    print_reports(report.programs, time.monotonic() - started_s, target.memory)
+    print(f"compiled for {used}; nothing has run. Of {target.memory / GIB:.1f} GiB a device:")
+    print(f"  {report.resident_bytes / GIB:.2f} GiB for weights and states")
+    print(f"  {report.temporary_bytes / GIB:.2f} GiB for what a program needs besides while it runs")
+    print(f"  {report.pool_bytes / GIB:.2f} GiB for the pool")
+    print(f"fits: room for {report.kv_tokens:,} tokens of keys and values")
+    return 0
 
 
 def print_reports(reports: Sequence[ProgramReport], seconds: float, memory: int | None = None) -> None:

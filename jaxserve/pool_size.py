@@ -50,7 +50,7 @@ def num_pages(build: Build, temporaries: int | None = None) -> int:
     if build.runtime.platform == "cpu":
         return max(GIB // build.page_bytes, 1)
     limit, usable = _memory(build)
-    needed = (_likely_temporaries(build) if temporaries is None else temporaries) + _resident_bytes(build)
+    needed = (_likely_temporaries(build) if temporaries is None else temporaries) + resident_bytes(build)
     pages = int(usable - needed) // build.page_bytes // PAGES_MULTIPLE * PAGES_MULTIPLE
     if pages <= 0:
         raise DoesNotFitError(
@@ -87,7 +87,7 @@ def _likely_temporaries(build: Build) -> int:
     return 2 * activations + 4 * logits + 64 * 2**20
 
 
-def _resident_bytes(build: Build) -> int:
+def resident_bytes(build: Build) -> int:
     """What stays on each device besides the pages: weights, recurrent states, and what the sampler and the step keep."""
     inputs = build.inputs()
     results = [inputs.results(n) for n in inputs.buckets.samples]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -126,14 +127,16 @@ class Build:
         return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.model.cache_specs)
 
     def compile(self, on_progress: Progress | None) -> Programs:
-        return compile_programs(self.inputs(), self.model.apply, self.runtime, on_progress, traces=self._traces())
+        # Programs for devices that are not there are compiled to see what each takes: not more at once than there are cores.
+        threads = 8 if self.device_memory is None else min(os.cpu_count() or 1, 8)
+        arguments = self.inputs(), self.model.apply, self.runtime, on_progress
+        return compile_programs(*arguments, traces=self._traces(), threads=threads)
 
     def _traces(self) -> TraceCache | None:
         folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]
         # On a CPU tracing is quick, and tracing for the cache takes longer: SmolLM2's first start 39 s against 33, the second alike.
-        is_there = self.runtime.platform != "cpu" and self.device_memory is None
-        if not is_there or not folder or find_spec("flatbuffers") is None:  # jax.export writes with that
-            return None
+        if self.runtime.platform == "cpu" or self.device_memory or not folder or find_spec("flatbuffers") is None:
+            return None  # jax.export writes with flatbuffers
         maker = (self.model.spec, self.runtime, self.shardings.mesh.shape, device.device_kind, self.buckets())
         return TraceCache(Path(folder) / "traces", repr(maker))
 
@@ -157,7 +160,12 @@ def build_engine(
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
         _build_replica(
-            _plan(config, source, mesh), config, source, tokenizer, replica_observer, _of_replica(on_progress, i, len(meshes))
+            plan_build(config, source, mesh),
+            config,
+            source,
+            tokenizer,
+            replica_observer,
+            _of_replica(on_progress, i, len(meshes)),
         )
         for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
     ]
@@ -180,23 +188,13 @@ def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) 
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     reports: list[ProgramReport] = []
     for i, mesh in enumerate(meshes):
-        build = _plan(config, source, mesh)
+        build = plan_build(config, source, mesh)
         reports += compile_to_fit(build, config, _of_replica(on_progress, i, len(meshes)))[1].reports
     return reports
 
 
-def plan_for(config: EngineConfig, mesh: Mesh, device_memory: int) -> Build:
-    """What would be built on devices that need not be there, each with device_memory bytes.
-
-    Raises:
-        DoesNotFitError: they have too little memory.
-        ConfigError, ModelLoadError: as build_engine.
-    """
-    return _plan(config, open_source(config.model.model, config.model.load_format), mesh, device_memory)
-
-
-def _plan(config: EngineConfig, source: ModelSource, mesh: Mesh, device_memory: int | None = None) -> Build:
-    """What to build on a mesh, the number of pages included."""
+def plan_build(config: EngineConfig, source: ModelSource, mesh: Mesh, device_memory: int | None = None) -> Build:
+    """What to build on a mesh, the number of pages included; with device_memory, the devices need not be there."""
     build = replace(_describe(config, source, mesh), device_memory=device_memory)
     return _with_pages(build, num_pages(build), config)
 

@@ -290,7 +290,8 @@ def test_compile_for_a_target(
 ) -> None:
     target = types.SimpleNamespace(name="tpu:v6e:2x2", devices=[1, 2], memory=2**30)
     program = types.SimpleNamespace(name="decode 4", seconds=1.5, temp_bytes=2**28, argument_bytes=2**28, output_bytes=0)
-    report = types.SimpleNamespace(programs=[] if reason else [program], kv_tokens=12_800, reason=reason)
+    sizes = {"resident_bytes": 2**29, "temporary_bytes": 2**28, "pool_bytes": 2**28}
+    report = types.SimpleNamespace(programs=[program], kv_tokens=12_800, reason=reason, **sizes)
     compiling = types.SimpleNamespace(compile_for_target=lambda config, target, on_progress: report)
     monkeypatch.setattr("jaxserve.tpu.compile", compiling, raising=False)
     monkeypatch.setitem(sys.modules, "jaxserve.tpu.compile", compiling)  # type: ignore[arg-type]
@@ -300,10 +301,10 @@ def test_compile_for_a_target(
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     assert cli.main(["compile", "m", "--target", "tpu:v6e:2x2", "--tensor-parallel-size", "2"]) == status
     out = capsys.readouterr().out
-    assert "compiled for tpu:v6e:2x2, 2 of its 2 devices; not run" in out
     if reason:
-        assert "does not fit: too little memory" in out
+        assert out == "does not fit on 2 of the 2 devices of tpu:v6e:2x2: too little memory\n"
     else:
+        assert "0.50 GiB for weights" in out
         assert "50.0%" in out and "fits: room for 12,800 tokens of keys and values" in out
 
 

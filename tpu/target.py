@@ -14,8 +14,13 @@ from jaxserve.errors import ConfigError
 GB = 10**9
 GIB = 1024**3
 
-TPU_MEMORY: Mapping[str, int] = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB}
-"""HBM of a device as jax counts them; a tpu7x chip, of 192 GiB, is two."""
+TPU_MEMORY: Mapping[str, int] = {
+    "v5e": int(15.75 * GIB),
+    "v5p": int(95.73 * GIB),
+    "v6e": int(31.24 * GIB),
+    "tpu7x": int(94.74 * GIB),
+}
+"""What libtpu leaves programs of a device's HBM. Devices as jax counts them: a tpu7x chip, of 192 GB, is two."""
 
 _EXAMPLES = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 

@@ -10,8 +10,8 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.models.interface import StateSpec
 from jaxserve.programs import compile_program, declare_programs
-from jaxserve.sharding import make_mesh
-from jaxserve.startup import Build, plan_for
+from jaxserve.startup import Build
+from jaxserve.tpu.compile import plan_for
 from jaxserve.tpu.target import open_target
 
 CHIPS = ["tpu:v5e:2x2", "tpu:v5p:2x2x1", "tpu:v6e:2x2", "tpu:tpu7x:2x2x1"]
@@ -42,9 +42,8 @@ def write_config(folder: Path, model: str | None = None, **changes: Any) -> str:
 
 
 def plan(model: str, target: str, devices: int = 1, **options: Any) -> Build:
-    opened = open_target(target)
     config = EngineConfig.from_options(model=model, load_format="dummy", tensor_parallel_size=devices, **options)
-    return plan_for(config, make_mesh(devices, opened.devices), opened.memory)
+    return plan_for(config, open_target(target))
 
 
 def compile_step(build: Build, name: str) -> Any:
