@@ -95,7 +95,10 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
     state = type(runner._state)(runner._state.caches, jax.device_put(table, runner._inputs.shardings.replicated))
     buffer.packed = np.resize(buffer.packed, runner.buckets.plan_size)
     stage = runner.programs.named("stage")
-    forward, sample = runner.programs.forward(shape), runner.programs.sample(shape.num_samples, Mode.GREEDY)
+    forward, sample = (
+        runner.programs.forward(shape),
+        runner.programs.sample(shape.num_samples, runner.programs.sample_mode(Mode.GREEDY)),
+    )
     last, packed, results = runner._last_tokens, runner._packed, runner._results[shape.num_samples]
 
     def loop(count: int) -> float:

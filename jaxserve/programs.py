@@ -21,6 +21,8 @@ from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
 from jaxserve.trace_cache import TraceCache
 
+MODES = list(Mode)
+
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): what start-up reports."""
 
@@ -80,7 +82,13 @@ class Programs:
         return self.compiled[shape]
 
     def sample(self, num_samples: int, mode: Mode) -> jax.stages.Compiled:
+        """Of a mode that sample_mode gives."""
         return self.compiled[num_samples, mode]
+
+    def sample_mode(self, mode: Mode) -> Mode:
+        """The least mode that there are programs for and that can do what this one does."""
+        modes = {key[1] for key in self.compiled if isinstance(key, tuple)}
+        return next(m for m in MODES[MODES.index(mode) :] if m in modes)
 
     def named(self, name: str) -> jax.stages.Compiled:
         return self.compiled[name]
@@ -141,7 +149,10 @@ class ProgramInputs:
 def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> list[Program]:
     """Every program that the engine will ever run; forwards, which take longest to compile, come first."""
     forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
-    samples = [_sample(n, mode, inputs) for n in inputs.buckets.samples for mode in Mode]
+    # A branch on the device costs nothing but on a GPU, where the host would have to wait for what it depends on.
+    is_branching = runtime.platform != "gpu"
+    modes = (Mode.SHAPED, Mode.LOGPROBS) if is_branching else MODES
+    samples = [_sample(n, mode, is_branching, inputs) for n in inputs.buckets.samples for mode in modes]
     states = [_copies("copy_states", inputs, inputs.is_state)] if any(inputs.is_state) else []
     pages = _copies("copy_pages", inputs, tuple(not is_state for is_state in inputs.is_state))
     return [*forwards, *samples, _stage(inputs), _set_shaping(inputs), pages, *states, _reset(inputs)]
@@ -172,12 +183,12 @@ def _compiler_options(shape: PlanShape, runtime: Runtime) -> CompilerOptions:
     return {"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {}
 
 
-def _sample(num_samples: int, mode: Mode, inputs: ProgramInputs) -> Program:
+def _sample(num_samples: int, mode: Mode, is_branching: bool, inputs: ProgramInputs) -> Program:
     """Samples rows; what it keeps by slot is donated."""
     return Program(
         name=f"sample {num_samples} {mode.value}",
         key=(num_samples, mode),
-        function=partial(step.sample, mode=mode),
+        function=partial(step.sample, mode=mode, is_branching=is_branching),
         arguments=(
             inputs.results(num_samples),
             inputs.last_tokens,

@@ -25,8 +25,6 @@ from jaxserve.step_results import StepResults
 from jaxserve.step_runner import InFlight
 from jaxserve.weight_store import WeightStore
 
-MODES = list(Mode)
-
 
 class Runner:
     """Runs steps, strictly in order, on one mesh. A StepRunner."""
@@ -37,6 +35,7 @@ class Runner:
         self._inputs = inputs
         self._weights = weights
         self._packer = Packer(inputs.buckets, inputs.num_slots)
+        self._modes = [programs.sample_mode(mode) for mode in Mode]
         self._make_state()
 
     def reset(self) -> None:
@@ -97,7 +96,7 @@ class Runner:
         return sent
 
     def _sample(self, num_samples: int, sampled: list[Request]) -> dict[str, jax.Array]:
-        mode = MODES[max([request.mode_rank for request in sampled])]
+        mode = self._modes[max([request.mode_rank for request in sampled])]
         program = self.programs.sample(num_samples, mode)
         shaping = self._shaping if mode.needs_shaping else None
         self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)

@@ -7,6 +7,7 @@ No sort over the vocabulary: top-k and top-p are thresholds, found by bisection 
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxserve.plan import (
     POSITION,
     SEED_HIGH,
     SEED_LOW,
+    SHAPED,
     TARGET,
     TEMPERATURE,
     TOP_K,
@@ -46,7 +48,12 @@ class Mode(Enum):
 
 
 def sample(
-    logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode, shaping: Shaping | None = None
+    logits: Float[Array, "S V"],
+    samples: Int[Array, "S fields"],
+    mode: Mode,
+    shaping: Shaping | None = None,
+    *,
+    is_branching: bool = False,
 ) -> tuple[dict[str, Array], Shaping | None]:
     """Samples one token a row.
 
@@ -57,6 +64,7 @@ def sample(
         samples: the plan's sample rows (fields of plan.py).
         mode: see Mode.
         shaping: the penalties and biases by slot, for the modes that have them.
+        is_branching: find out on the device what these rows need of the mode, and do no more.
 
     Returns:
         (outputs, shaping after these tokens). Outputs: tokens [S], NO_TOKEN where there is none; with Mode.LOGPROBS also logprob and rank of the token
@@ -64,11 +72,12 @@ def sample(
         are those of the logits as they came.
     """
     raw = logits.astype(jnp.float32)
-    logits = raw if shaping is None else shape_logits(raw, shaping, samples)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, where there is one
-    tokens = greedy if mode is Mode.GREEDY else _draw(logits, samples, mode, greedy)
-    best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
-    tokens = jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
+    if is_branching:
+        modes = [m for m in (Mode.GREEDY, Mode.PLAIN, Mode.FULL, Mode.SHAPED) if shaping is not None or not m.needs_shaping]
+        branches = [partial(_tokens, mode=m) for m in modes]
+        tokens = lax.switch(_needed(samples), branches, raw, samples, shaping)
+    else:
+        tokens = _tokens(raw, samples, shaping, mode=mode)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
     outputs = {"tokens": tokens}
@@ -76,6 +85,24 @@ def sample(
         targets = samples[:, TARGET]
         outputs |= _logprobs(raw, jnp.where(targets == NO_TARGET, tokens, targets))
     return outputs, shaping
+
+
+def _needed(samples: Int[Array, "S fields"]) -> Int[Array, ""]:
+    """The least of the modes up to SHAPED that does what every row asks, as its number."""
+    drawn = bits_to_float(samples[:, TEMPERATURE]) > 0
+    cut = (samples[:, TOP_K] > 0) | (bits_to_float(samples[:, TOP_P]) < 1) | (bits_to_float(samples[:, MIN_P]) > 0)
+    return jnp.max(jnp.where(samples[:, SHAPED] == 1, 3, jnp.where(drawn, jnp.where(cut, 2, 1), 0)))
+
+
+def _tokens(
+    raw: Float[Array, "S V"], samples: Int[Array, "S fields"], shaping: Shaping | None, *, mode: Mode
+) -> Int[Array, " S"]:
+    """The row's tokens; NO_TOKEN where the best logit is not finite."""
+    logits = shape_logits(raw, shaping, samples) if shaping is not None and mode.needs_shaping else raw
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, where there is one
+    tokens = greedy if mode is Mode.GREEDY else _draw(logits, samples, mode, greedy)
+    best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
 
 
 def _draw(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode, greedy: Int[Array, " S"]) -> Int[Array, " S"]:

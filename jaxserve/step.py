@@ -84,13 +84,14 @@ def sample(
     shaping: Shaping | None,
     *,
     mode: sampler.Mode,
+    is_branching: bool = False,
 ) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
     """Samples each row and keeps its token by slot for the next forward.
 
     Returns:
         last_tokens with the new tokens, the shaping state after them, and what the host reads: see sampler.sample.
     """
-    out, shaping = sampler.sample(results.logits, results.samples, mode, shaping)
+    out, shaping = sampler.sample(results.logits, results.samples, mode, shaping, is_branching=is_branching)
     return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from jax.sharding import Sharding
 from jaxserve import sharding
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.engine import Engine
+from jaxserve.models.interface import Runtime
 from jaxserve.plan import PlanShape
+from jaxserve.programs import declare_programs
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_runner import InFlight
-from tests.tiny import compiled_programs, greedy, run, tiny_engine
+from tests.tiny import compiled_inputs, compiled_programs, greedy, run, tiny_engine
 
 
 def gpu_buckets() -> Buckets:
@@ -51,7 +55,6 @@ def test_a_prefix_hit_or_fork_takes_a_program_that_holds_it() -> None:
 def test_nothing_compiles_after_ready(compiled_in_steps: list[str]) -> None:
     """Whatever the requests ask for."""
     engine = tiny_engine(num_pages=20)
-    assert len(engine.runner.programs) <= 20
     run_every_kind(engine)
     assert compiled_in_steps == []
 
@@ -153,4 +156,21 @@ def test_the_pool_is_updated_in_place() -> None:
 
 def test_each_mode_and_size_has_a_sample_program() -> None:
     programs, buckets = compiled_programs(), tiny_engine().runner.buckets
-    assert {(n, mode) for n in buckets.samples for mode in Mode} <= set(programs.compiled)
+    for mode in Mode:
+        covering = programs.sample_mode(mode)
+        assert list(Mode).index(covering) >= list(Mode).index(mode)
+        assert all((n, covering) in programs.compiled for n in buckets.samples)
+
+
+@pytest.mark.parametrize(
+    "platform, sizes, most",
+    [("cpu", (16, 512), 14), ("tpu", (256, 8192), 16), ("gpu", (256, 8192), 25)],
+)
+def test_the_declared_list_is_short(platform: Literal["cpu", "gpu", "tpu"], sizes: tuple[int, int], most: int) -> None:
+    """At the default sizes. On a GPU each way of sampling has programs of its own."""
+    inputs = compiled_inputs()
+    buckets = choose_buckets(platform, *sizes, pages_per_slot=512, page_size=16)
+    runtime = Runtime(platform, inputs.shardings.mesh)
+    programs = declare_programs(replace(inputs, buckets=buckets), lambda *_: pytest.fail("traced"), runtime)
+    assert len(programs) == most
+    assert len({program.key for program in programs}) == most

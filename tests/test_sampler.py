@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxserve import shaping
-from jaxserve.plan import POSITION, SAMPLE_FIELDS, SLOT, TARGET
+from jaxserve.plan import NO_TARGET, POSITION, SAMPLE_FIELDS, SLOT, TARGET
 from jaxserve.request import RequestGroup, sample_fields
 from jaxserve.sampler import Mode, sample
 from jaxserve.sampling_params import SamplingParams
@@ -178,3 +179,27 @@ def test_allowed_ids_ban_the_rest() -> None:
         seen.add(int(draw(np.zeros((1, V), np.float32), jnp.asarray(fields), Mode.SHAPED, state)["tokens"][0]))
     assert seen == {4, 8}
     assert fields.shape[1] == SAMPLE_FIELDS
+
+
+@pytest.mark.parametrize("mode", [Mode.SHAPED, Mode.LOGPROBS])
+def test_a_branching_sampler_does_what_the_rows_need(mode: Mode) -> None:
+    """The same tokens and counts as the least mode that covers them all, whatever that is, beside a row that is not in use."""
+    branching = jax.jit(lambda logits, rows, state: sample(logits, rows, mode, state, is_branching=True))
+    logits = np.random.default_rng(5).standard_normal((4, V)).astype(np.float32)
+    state = replace(zeros(4), bias=jnp.asarray(3 * logits[::-1]))
+    asked = {
+        Mode.GREEDY: SamplingParams(temperature=0.0, top_k=3),
+        Mode.PLAIN: SamplingParams(),
+        Mode.FULL: SamplingParams(top_p=0.4, min_p=0.01),
+        Mode.SHAPED: SamplingParams(temperature=0.0, logit_bias={3: 5.0}),
+    }
+    for count, least in enumerate(asked, start=1):
+        fields = np.zeros((4, SAMPLE_FIELDS), np.int32)
+        fields[:, SLOT] = 4
+        fields[:, TARGET] = NO_TARGET
+        fields[:3] = np.asarray(rows([list(asked.values())[(count - 1 - i) % count] for i in range(3)]))
+        needs = least.needs_shaping
+        want, want_state = compiled(least)(jnp.asarray(logits), fields, state if needs else None)
+        got, got_state = branching(jnp.asarray(logits), fields, state)
+        np.testing.assert_array_equal(got["tokens"], want["tokens"], err_msg=least.value)
+        assert int(got_state.output_counts.sum()) == (int(want_state.output_counts.sum()) if needs else 0)

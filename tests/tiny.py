@@ -216,5 +216,9 @@ def assert_greedy(prompt: list[int], output: list[int], window: int | None = Non
     assert np.all(chosen >= logits.max(axis=-1) - near_tie), f"not the oracle's tokens: {output} != {logits.argmax(-1)}"
 
 
+def compiled_inputs() -> ProgramInputs:
+    return _programs(16, None, False, False, NUM_SLOTS)[1]
+
+
 def compiled_programs() -> Programs:
     return _programs(16, None, False, False, NUM_SLOTS)[2]
