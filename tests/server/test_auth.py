@@ -97,6 +97,14 @@ def test_admin_routes(serve: Serve, key_file: tuple[str, str, str]) -> None:
     assert httpx.get(f"{url}/v1/models", headers=bearer(alice)).status_code == 200
 
 
+def test_each_key_has_its_own_rate(serve: Serve, key_file: tuple[str, str, str]) -> None:
+    path, alice, bob = key_file
+    url = serve(FakeEngine(), api_key_file=path, rate_limit=2)
+    got = [httpx.get(f"{url}/v1/models", headers=bearer(key)).status_code for key in (alice, alice, alice, bob, bob, bob)]
+    assert got == [200, 200, 429, 200, 200, 429]
+    assert httpx.get(f"{url}/v1/models").status_code == 401  # who has no key uses up nobody's
+
+
 def test_what_keys_keep_apart(serve: Serve, key_file: tuple[str, str, str]) -> None:
     path, alice, bob = key_file
     engine = FakeEngine()

@@ -126,6 +126,14 @@ def test_https(tmp_path: Path) -> None:
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
         process.terminate()
+    options = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key), "ssl_ca_certs": str(certificate)}
+    process, url = start(**options)  # the client needs a certificate, too
+    with process:
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health", verify=trusting)
+        trusting.load_cert_chain(certificate, key)
+        assert httpx.get(f"{url}/health", verify=trusting).status_code == 200
+        process.terminate()
 
 
 def test_port_in_use() -> None:
