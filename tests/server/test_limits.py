@@ -93,6 +93,25 @@ def test_a_body_that_nobody_waits_for(serve: Serve) -> None:
             time.sleep(0.1)
 
 
+def test_a_body_behind_a_slow_answer_has_its_own_time(serve: Serve) -> None:
+    """Meanwhile it is the server who does not read."""
+    engine = FakeEngine(lambda prompt, i: "x" * 15)
+    engine.token_delay_s = 0.1
+    url = serve(engine, body_timeout=1)
+    first, second = post(b'{"prompt": "a"}'), post(b'{"prompt": "b", "max_tokens": 1}')
+    with connected(url) as sock:
+        sock.sendall(first + second[:-10])
+        assert b" 200 " in until(sock, b"}")
+        sock.sendall(second[-10:])
+        assert b" 200 " in until(sock, b"}")
+        sock.sendall(b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 2)
+        got = until(sock, b"}")
+        assert (got if got.count(b" 200 ") == 2 else got + until(sock, b"}")).count(b" 200 ") == 2
+    with connected(url) as sock:
+        sock.sendall(b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        assert b" 200 " in until(sock, b"}")
+
+
 def test_an_idle_connection(serve: Serve) -> None:
     url = serve(FakeEngine(), keep_alive_timeout=1)
     with connected(url) as sock:
