@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def serve(kind: str) -> None:
 
     config = ServerConfig(port=0, shutdown_timeout=1)
     app = create_app(AsyncEngine(NullEngine()), config) if kind == "jaxserve" else bare_app()
+    gc.collect()
+    gc.freeze()  # as jaxserve.startup does
     with bind(config) as sock:
         Server(app, sock, config, lambda url: print(url, flush=True)).run(sockets=[sock])
 
