@@ -21,8 +21,9 @@ from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
 from jaxserve.programs import Progress
 from jaxserve.replicas import Replicas
+from jaxserve.runner import Runner
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.startup import build_engine
+from jaxserve.startup import MakeRunner, build_engine
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
@@ -87,9 +88,16 @@ class AsyncEngine:
         self._busy_since: float | None = None  # time.monotonic() when the thread's present step began
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None) -> Self:
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        observer: Observer | None = None,
+        on_progress: Progress | None = None,
+        make_runner: MakeRunner = Runner,
+    ) -> Self:
         """Loads and compiles; blocks until the engine is ready."""
-        return cls(build_engine(config, observer=observer, on_progress=on_progress))
+        return cls(build_engine(config, observer=observer, on_progress=on_progress, make_runner=make_runner))
 
     @property
     def config(self) -> EngineConfig:

@@ -16,16 +16,20 @@ from jaxserve.cli_bench import add_bench
 from jaxserve.cli_compile import compile_for_target, print_reports, show_progress
 from jaxserve.cli_engine import ENGINE_OPTIONS, add_engine_flags, engine_config
 from jaxserve.cli_flags import Fields, add_flags, batch_files, read_options
+from jaxserve.cli_serve import serve, serve_in_group
 from jaxserve.cli_simulate import add_simulate
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, EngineDeadError, JaxserveError
+from jaxserve.multihost.config import GroupConfig
 from jaxserve.server.config import MIB, ServerConfig
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.cli_serve import BuildEngine
     from jaxserve.metrics import Observer
 
 SERVER_OPTIONS: Fields = {f.name: f for f in fields(ServerConfig)}
+GROUP_OPTIONS: Fields = {f.name: f for f in fields(GroupConfig)}
 
 # What a FastChat worker has of the server's options
 _WORKER_OPTIONS = ("host", "port", "max_body_bytes", "shutdown_timeout", "watchdog_timeout", "log_format")
@@ -49,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args) or 0
     except JaxserveError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1 if isinstance(e, EngineDeadError) else 2
+        return _report(e)
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _report(error: JaxserveError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1 if isinstance(error, EngineDeadError) else 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,9 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = _add_command(commands, "serve", run_serve, "an OpenAI-compatible server, with a chat page at /")
-    add_flags(serve, "server", inspect.getdoc(ServerConfig) or "", SERVER_OPTIONS.values())
-    add_engine_flags(serve)
+    server = _add_command(commands, "serve", run_serve, "an OpenAI-compatible server, with a chat page at /")
+    add_flags(server, "server", inspect.getdoc(ServerConfig) or "", SERVER_OPTIONS.values())
+    add_flags(server, "group", inspect.getdoc(GroupConfig) or "", GROUP_OPTIONS.values())
+    add_engine_flags(server)
 
     chat = _add_command(commands, "chat", run_chat, "a conversation in the terminal")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
@@ -151,25 +160,13 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> Non
 
 
 def run_serve(args: argparse.Namespace) -> None:
-    options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS})
+    options = read_options(args, {**ENGINE_OPTIONS, **SERVER_OPTIONS, **GROUP_OPTIONS})
     server_config = ServerConfig(**{name: options.pop(name) for name in SERVER_OPTIONS if name in options})
+    group = GroupConfig(**{name: options.pop(name) for name in GROUP_OPTIONS if name in options})
     config = engine_config(options)
-    from jaxserve.server.app import create_app
-    from jaxserve.server.logs import set_up_logging
-    from jaxserve.server.metrics import EngineMetrics
-    from jaxserve.server.run import bind, run
-
-    set_up_logging(server_config)
-    with bind(server_config) as sock:  # before the model is loaded: a busy port is known at once
-        metrics = EngineMetrics(config.model.served_model_name or config.model.model)
-        tracing = None
-        if server_config.otlp_traces_endpoint is not None:
-            from jaxserve.server.tracing import trace_to
-
-            tracing = trace_to(server_config.otlp_traces_endpoint, metrics, config.model.model)
-        engine = _load(config, tracing or metrics)
-        app = create_app(engine, server_config, metrics=metrics, tracing=tracing)
-        run(app, engine, sock, server_config, lambda url: print(f"ready at {url}", flush=True))
+    if group.num_processes > 1:
+        serve_in_group(config, server_config, group, _load, _report)
+    serve(config, server_config, _load)
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -302,13 +299,13 @@ def _read_prompt() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _load(config: EngineConfig, observer: Observer | None = None) -> AsyncEngine:
+def _load(config: EngineConfig, observer: Observer | None = None, build: BuildEngine | None = None) -> AsyncEngine:
     """Loads the engine, shows how far it is, and says what came out."""
     from jaxserve.async_engine import AsyncEngine
 
     started_s = time.monotonic()
     with show_progress() as on_progress:
-        engine = AsyncEngine.from_config(config, observer=observer, on_progress=on_progress)
+        engine = (build or AsyncEngine.from_config)(config, observer=observer, on_progress=on_progress)
     description = engine.describe() | {"loaded in": f"{time.monotonic() - started_s:.1f} s"}
     width = max(map(len, description))
     for name, text in description.items():

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
-from jaxserve.plan import SHAPED
+from jaxserve.plan import SHAPED, PlanShape
 from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
+from jaxserve.shaping import Shaping
 from jaxserve.sharding import Shardings
 from jaxserve.step import DeviceState
 from jaxserve.step_plan import StepPlan
@@ -63,14 +64,22 @@ class Runner:
                 self.set_shaping(request)
         rows = plan.sample_rows()
         buffer = self._packer.pack(plan, rows)
-        shape = buffer.shape
-        self._packed = self.programs.named("stage")(self._send(buffer.packed), self._packed)
+        sampled = plan.decodes + [row.request for row in rows]
+        mode = self._modes[max([request.mode_rank for request in sampled])] if sampled else None
+        outputs = self.run(buffer.shape, buffer.packed, mode)
+        if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
+            del outputs["all_logprobs"]
+        for output in outputs.values():
+            output.copy_to_host_async()
+        return InFlight(plan, rows, outputs, self._weights.version)
+
+    def run(self, shape: PlanShape, packed: NDArray[np.int32], mode: Mode | None) -> dict[str, jax.Array]:
+        """Runs the model on a packed plan, and samples unless mode is None."""
+        self._packed = self.programs.named("stage")(self._send(packed), self._packed)
         self._state, self._results[shape.num_samples] = self.programs.forward(shape)(
             self._weights.arrays, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
-        sampled = plan.decodes + [row.request for row in rows]
-        outputs = self._sample(shape.num_samples, sampled) if sampled else {}
-        return InFlight(plan, rows, outputs, self._weights.version)
+        return {} if mode is None else self._sample(shape.num_samples, mode)
 
     def is_ready(self, step: InFlight) -> bool:
         """Whether the results are there."""
@@ -82,9 +91,12 @@ class Runner:
 
     def set_shaping(self, request: Request) -> None:
         """Writes the request's penalties and biases to its slot."""
-        row = jax.tree.map(self._send, request.shaping_row(self._inputs.vocab_size))
-        slot = self._send(np.int32(request.slot))
-        self._shaping = self.programs.named("set_shaping")(self._shaping, row, slot)
+        self.write_shaping(request.shaping_row(self._inputs.vocab_size), request.slot)
+
+    def write_shaping(self, row: Shaping, slot: int) -> None:
+        """Writes a row, from the host, to a slot."""
+        sent = jax.tree.map(self._send, row)
+        self._shaping = self.programs.named("set_shaping")(self._shaping, sent, self._send(np.int32(slot)))
 
     def shutdown(self) -> None:
         """Frees the device memory, that of the weights unless somebody else holds them too."""
@@ -92,25 +104,23 @@ class Runner:
         self._weights.drop()
 
     def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
-        sent: jax.Array = jax.device_put(array, self._inputs.shardings.replicated)
-        return sent
+        return self._inputs.shardings.replicate(array)
 
-    def _sample(self, num_samples: int, sampled: list[Request]) -> dict[str, jax.Array]:
-        mode = self._modes[max([request.mode_rank for request in sampled])]
+    def _sample(self, num_samples: int, mode: Mode) -> dict[str, jax.Array]:
         program = self.programs.sample(num_samples, mode)
         shaping = self._shaping if mode.needs_shaping else None
         self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
-        if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
-            del outputs["all_logprobs"]
-        for output in outputs.values():
-            output.copy_to_host_async()
         return cast(dict[str, jax.Array], outputs)
 
     def _copy(self, program: str, copies: list[tuple[int, int]]) -> None:
         sources = np.zeros(self._inputs.num_slots, np.int32)
         targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
         sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
+        self.copy(program, sources, targets)
+
+    def copy(self, program: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """Runs one of the programs that copy pages or states."""
         caches = self.programs.named(program)(self._state.caches, self._send(sources), self._send(targets))
         self._state = DeviceState(caches, self._state.page_tables)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.interface import MODEL_AXIS, LogicalAxes, pages_partition
@@ -37,7 +40,7 @@ def make_meshes(tensor_parallel_size: int, data_parallel_size: int) -> list[Mesh
     Raises:
         ConfigError: there are fewer devices.
     """
-    devices = jax.devices()
+    devices = _of_every_process(jax.devices(), tensor_parallel_size)
     if data_parallel_size > 1 and len(devices) < tensor_parallel_size * data_parallel_size:
         raise ConfigError(
             f"data_parallel_size={data_parallel_size} times tensor_parallel_size={tensor_parallel_size} is more than the "
@@ -45,6 +48,20 @@ def make_meshes(tensor_parallel_size: int, data_parallel_size: int) -> list[Mesh
         )
     starts = range(0, tensor_parallel_size * data_parallel_size, tensor_parallel_size)
     return [make_mesh(tensor_parallel_size, devices[start : start + tensor_parallel_size]) for start in starts]
+
+
+def _of_every_process(devices: Sequence[jax.Device], wanted: int) -> list[jax.Device]:
+    """The first devices of each process, as many of each: a process without a device of the mesh could not take part."""
+    processes = jax.process_count()
+    if wanted % processes:
+        raise ConfigError(
+            f"tensor_parallel_size={wanted} does not spread evenly over the {processes} processes of the group. "
+            f"Choose a multiple of {processes}."
+        )
+    if processes == 1:
+        return list(devices)
+    own = [[device for device in devices if device.process_index == process] for process in range(processes)]
+    return [device for each in own for device in each[: wanted // processes]]
 
 
 class Shardings:
@@ -65,6 +82,19 @@ class Shardings:
         size = self.mesh.shape[MODEL_AXIS]
         parts = (MODEL_AXIS if a in ON_MODEL_AXIS and n % size == 0 else None for a, n in zip(axes, shape, strict=True))
         return NamedSharding(self.mesh, P(*parts))
+
+    @cached_property
+    def _own_devices(self) -> list[jax.Device]:
+        return list(self.replicated.addressable_devices)
+
+    def replicate(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
+        """The array, from the host, on every device."""
+        if self.replicated.is_fully_addressable:
+            sent: jax.Array = jax.device_put(array, self.replicated)
+            return sent
+        # Across processes device_put would first ask each of them whether it has the same.
+        parts = jax.device_put([array] * len(self._own_devices), self._own_devices)
+        return jax.make_array_from_single_device_arrays(array.shape, self.replicated, parts)
 
 
 def kv_repeat(num_kv_heads: int, tensor_parallel_size: int) -> int:

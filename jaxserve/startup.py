@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+MakeRunner = Callable[[WeightStore, Programs, ProgramInputs], Runner]
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,11 @@ class Build:
 
 @explained_out_of_memory()
 def build_engine(
-    config: EngineConfig, *, observer: Observer | None = None, on_progress: Progress | None = None
+    config: EngineConfig,
+    *,
+    observer: Observer | None = None,
+    on_progress: Progress | None = None,
+    make_runner: MakeRunner = Runner,
 ) -> Engine | Replicas:
     """Loads the model, compiles every program and returns an engine that is ready.
 
@@ -166,6 +173,7 @@ def build_engine(
             tokenizer,
             replica_observer,
             _of_replica(on_progress, i, len(meshes)),
+            make_runner,
         )
         for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
     ]
@@ -222,6 +230,7 @@ def _build_replica(
     tokenizer: Tokenizer | None,
     observer: Observer | None,
     on_progress: Progress | None,
+    make_runner: MakeRunner,
 ) -> Engine:
     seed, sharding_for = build.config.model.seed, build.shardings.of
     with ThreadPoolExecutor(1) as loader:
@@ -233,7 +242,7 @@ def _build_replica(
     return Engine(
         build.config,
         _scheduler(build),
-        Runner(store, programs, inputs),
+        make_runner(store, programs, inputs),
         tokenizer,
         vocab_size=build.model.vocab_size,
         weights=store,

@@ -54,7 +54,7 @@ class TraceCache:
     def __init__(self, folder: Path, maker: str) -> None:
         """maker: all that the programs depend on besides code and arguments, such as the model's spec."""
         self._folder = folder
-        made_by = (jax.__version__, version("jaxlib"), _code(), sorted(jax.config.values.items()), maker)
+        made_by = (jax.__version__, version("jaxlib"), source_digest(), sorted(jax.config.values.items()), maker)
         self._key = hashlib.sha256(repr(made_by).encode())
         _drop_old(folder)
 
@@ -96,7 +96,7 @@ def _described(leaf: Any) -> str:
 
 
 @functools.cache
-def _code() -> str:
+def source_digest() -> str:
     """A digest of this package's source: what a trace depends on, and more."""
     digest = hashlib.sha256()
     root = Path(jaxserve.__file__).parent

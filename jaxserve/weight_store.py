@@ -52,8 +52,11 @@ class WeightStore:
                 {"layers": [{"mixer": {"qkv": ...}}]}, or an nnx.State. An array that lies as it should is not copied.
 
         Raises:
-            WeightsError: a name is missing or unknown, a shape or dtype differs, or an array is deleted or no array.
+            WeightsError: a name is missing or unknown, a shape or dtype differs, or an array is deleted or no array; or the
+                weights lie on several hosts.
         """
+        if not all(array.sharding.is_fully_addressable for array in self._abstract.values()):
+            raise WeightsError("weights on several hosts cannot be replaced; start the group again with the new ones")
         arrays = _by_name(tree)
         missing = [name for name in self._abstract if name not in arrays]
         unknown = [name for name in arrays if name not in self._abstract]

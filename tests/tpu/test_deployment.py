@@ -115,7 +115,7 @@ def test_options_of_the_unit() -> None:
     unit.read(TPU / "jaxserve.service")
     assert set(unit.sections()) == {"Unit", "Service", "Install"}
     service = unit["Service"]
-    assert service["ExecStart"].split()[-1] == "/etc/jaxserve/serve.yaml"
+    assert service["ExecStart"].split()[-2:] == ["/etc/jaxserve/serve.yaml", "$JAXSERVE_GROUP"]
     assert int(service["TimeoutStopSec"]) > options["shutdown_timeout"] + 10
     assert Path(options["model"]).is_relative_to(f"/var/lib/{service['StateDirectory']}")
 
@@ -146,10 +146,44 @@ def test_pods(hosts: int, template: dict[str, Any]) -> None:
     assert any(options["model"].startswith(mount["mountPath"]) for mount in container["volumeMounts"])
     wait_s = int(container["lifecycle"]["preStop"]["exec"]["command"][-1]) if "lifecycle" in container else 0
     assert spec["terminationGracePeriodSeconds"] > wait_s + options["shutdown_timeout"]
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports["http"] == options.get("port", SERVER_OPTIONS["port"].default)
+    ports = {port["name"]: port["containerPort"] for port in container.get("ports", ())}
+    assert not ports or ports == {"http": options.get("port", SERVER_OPTIONS["port"].default)}
     probes = [container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in container]
     assert all(probe == {"path": "/health", "port": "http"} for probe in probes)
+
+
+def test_a_group_has_one_command() -> None:
+    """Every host runs the same, but for which process it is; and all of it comes from LeaderWorkerSet."""
+    [group] = [o for o in documents(TPU / "gke" / "multi-host.yaml") if o["kind"] == "LeaderWorkerSet"]
+    (hosts, leader), (_, worker) = pod_templates(group)
+    [of_leader], [of_worker] = leader["spec"]["containers"], worker["spec"]["containers"]
+    assert of_leader["args"] == of_worker["args"] and "readinessProbe" in of_leader and "ports" not in of_worker
+    assert served(of_leader).tensor_parallel_size % hosts == 0
+    filled_in = {
+        "--num-processes=$(LWS_GROUP_SIZE)",
+        "--process-id=$(LWS_WORKER_INDEX)",
+        "--coordinator=$(LWS_LEADER_ADDRESS):8476",
+    }
+    assert filled_in <= set(of_leader["args"])
+
+
+def test_group_tells_each_vm_its_part(tmp_path: Path) -> None:
+    """With a gcloud that knows two VMs and writes down what would be run on them."""
+    fake = tmp_path / "gcloud"
+    fake.write_text(
+        f"""#!/bin/sh
+        case "$4" in
+            describe) printf '10.0.0.5\\n10.0.0.6\\n' ;;
+            ssh) printf '%s\\n' "$*" >>{tmp_path}/ssh; cat >>{tmp_path}/keys ;;
+        esac"""
+    )
+    fake.chmod(0o755)
+    subprocess.run([TPU / "group.sh", "big", "zone"], check=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    written = re.findall("echo 'JAXSERVE_GROUP=(.*)'", (tmp_path / "ssh").read_text())
+    groups = [make_parser().parse_args(["serve", "model", *line.split()]) for line in written]
+    assert [(g.num_processes, g.process_id, g.coordinator) for g in groups] == [(2, 0, "10.0.0.5:8476"), (2, 1, "10.0.0.5:8476")]
+    first, second = (tmp_path / "keys").read_text().split()
+    assert first == second and len(first) == 64 and first not in (tmp_path / "ssh").read_text()
 
 
 @pytest.mark.parametrize(("dockerfile", "extra"), [("Dockerfile", "tpu"), ("Dockerfile.gpu", "$CUDA")])
