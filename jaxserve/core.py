@@ -201,6 +201,7 @@ def load_core(
         source,
         dtype=resolve_dtype(dtype, platform, source),
         kv_repeat=lambda heads: kv_repeat(heads, mesh.shape[MODEL_AXIS]),
+        context=max_model_len,
     )
     weights = load_weights(source, description, sharding_for=Shardings(mesh).of, seed=seed)
     runtime = Runtime(platform, mesh, choose_implementation(platform, device.device_kind))

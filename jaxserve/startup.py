@@ -267,6 +267,7 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
         source,
         dtype=dtype,
         kv_repeat=lambda heads: kv_repeat(heads, mesh.size),
+        context=config.model.max_model_len,
         quantization=config.model.quantization,
         keep_quantized=True,
     )

@@ -32,6 +32,8 @@ class AttentionSpec:
         qk_norm: normalises q and k.
         qk_norm_over: each head with one gain for all; each head with a gain of its own; or all heads together.
         qk_norm_after_rope: the order of the two.
+        v_norm: normalises each head of v.
+        v_from_k: the checkpoint has one projection for keys, before their norm, and values (Gemma 4).
         clip: q, k and v are kept within +-clip.
         qkv_bias: a bias on q, k and v.
         out_bias: a bias on the output projection.
@@ -57,6 +59,8 @@ class AttentionSpec:
     qk_norm: NormSpec | None = None
     qk_norm_over: Literal["head", "each_head", "all_heads"] = "head"
     qk_norm_after_rope: bool = False
+    v_norm: NormSpec | None = None
+    v_from_k: bool = False
     clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -145,6 +149,7 @@ class MlaSpec:
         v_dim: dimensions of a head's value.
         latent_norm: of what q and of what keys and values are made from.
         bias: on the projections to the latents, and on the output projection.
+        temperature: q grows with the position.
     """
 
     num_heads: int
@@ -157,6 +162,7 @@ class MlaSpec:
     rope: RopeSpec
     latent_norm: NormSpec
     bias: bool = False
+    temperature: TemperatureSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "q_rank", "kv_rank", "nope_dim", "rope_dim", "v_dim"):

@@ -48,6 +48,7 @@ class DecoderLayer(nnx.Module):
         self.mixer_shares, self.mlp_shares = layer.mixer_shares, layer.mlp_shares
         self.mixer_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and mixes else None
         self.mlp_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and feeds else None
+        self.gain = parameter((1,), (None,), dtype, mean=1.0) if spec.layer_gain else None
 
     def __call__(
         self,
@@ -82,7 +83,7 @@ class DecoderLayer(nnx.Module):
                 change = self._mlp(normed, batch, runtime)
             x = self._residual(x, normed, self.mlp_shares)
             x = self._add(x, change * self.mlp_shares.added, self.mlp_out_norm, self.mlp_gain)
-        return x, new_caches + caches
+        return x if self.gain is None else x * self.gain.get_value(), new_caches + caches
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps."""
@@ -108,13 +109,14 @@ class DecoderLayer(nnx.Module):
         return self.mlp(x, batch, runtime) if isinstance(self.mlp, Moe) else self.mlp(x)
 
     def _add(self, x: Array, change: Array, out_norm: Norm | None, gain: nnx.Param[Array] | None) -> Array:
-        if self.spec.residual_multiplier != 1.0:
-            change *= self.spec.residual_multiplier
         if gain is not None:
             x *= gain.get_value()
-        if out_norm is None:
-            return x + change
-        return out_norm(x + change) if self.spec.norm_placement == "after" else x + out_norm(change)
+        is_after = self.spec.norm_placement == "after"
+        if out_norm is not None and not is_after:
+            change = out_norm(change)
+        if self.spec.residual_multiplier != 1.0:
+            change *= self.spec.residual_multiplier
+        return out_norm(x + change) if out_norm is not None and is_after else x + change
 
 
 def _apply(norm: Norm | None, x: Array) -> Array:

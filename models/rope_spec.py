@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,14 @@ class FactorScaling:
     Attributes:
         factors: one for each rotated pair.
         attention_factor: on cos and sin.
+        context: tokens of text that it is for.
+        longer: instead of this one, where texts may be longer than that.
     """
 
     factors: tuple[float, ...]
     attention_factor: float = 1.0
+    context: int | None = None
+    longer: FactorScaling | None = None
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FactorScaling
@@ -78,6 +82,16 @@ class RopeSpec:
     scaling: RopeScaling | None = None
     interleaved: bool = False
     frequency_dim: int | None = None
+
+    @property
+    def first_context(self) -> int | None:
+        """Tokens of text beyond which it is another one; None if it is always the same."""
+        return self.scaling.context if isinstance(self.scaling, FactorScaling) else None
+
+    def for_longer_context(self) -> RopeSpec:
+        """As it is for texts longer than that."""
+        longer = self.scaling.longer if isinstance(self.scaling, FactorScaling) else None
+        return self if longer is None else replace(self, scaling=longer)
 
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:

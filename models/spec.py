@@ -167,6 +167,7 @@ class DecoderSpec:
         residual_multiplier: factor on what mixer and mlp add to the residual stream.
         residual_from_norm: mixer and mlp add to what the norm before them gave, not to what went into it.
         residual_gain: the residual stream is multiplied by a weight of its own before each addition (Doge).
+        layer_gain: what leaves a layer is multiplied by a number of its own (Gemma 4).
         logit_multiplier: factor on the logits.
         logit_softcap: logits become softcap * tanh(logits / softcap), after the multiplier.
         max_position: longest context that the model is made for, in tokens.
@@ -188,6 +189,7 @@ class DecoderSpec:
     residual_multiplier: float = 1.0
     residual_from_norm: bool = False
     residual_gain: bool = False
+    layer_gain: bool = False
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     max_position: int
@@ -197,6 +199,17 @@ class DecoderSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+
+    def for_context(self, length: int | None) -> DecoderSpec:
+        """This model for texts of up to `length` tokens; of its first context if that is not given.
+
+        With LongRoPE every key depends on which factors are taken, so one choice holds for all texts.
+        """
+        firsts = [layer.rope.first_context for layer in self.layers if layer.rope is not None]
+        first = min((context for context in firsts if context is not None), default=self.max_position)
+        if length is None or length <= first:
+            return replace(self, max_position=min(first, self.max_position))
+        return replace(self, layers=tuple(map(_for_longer_context, self.layers)))
 
     def with_kv_repeat(self, repeat: Callable[[int], int]) -> DecoderSpec:
         """This model with each kv head held several times, for more devices than kv heads.
@@ -222,3 +235,14 @@ class DecoderSpec:
             return replace(layer, mixer=repeated(layer.mixer), shared=shared)
 
         return replace(self, layers=tuple(map(repeated_layer, self.layers)))
+
+
+def _for_longer_context(layer: LayerSpec) -> LayerSpec:
+    def changed(mixer: Any) -> Any:
+        if isinstance(mixer, ParallelSpec):
+            return replace(mixer, branches=tuple(replace(b, mixer=changed(b.mixer)) for b in mixer.branches))
+        has_rope = isinstance(mixer, AttentionSpec | MlaSpec) and mixer.rope is not None
+        return replace(mixer, rope=mixer.rope.for_longer_context()) if has_rope else mixer
+
+    shared = layer.shared and replace(layer.shared, attention=changed(layer.shared.attention))
+    return replace(layer, mixer=changed(layer.mixer), shared=shared)

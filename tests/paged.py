@@ -17,11 +17,21 @@ PAGE = 16
 
 
 def paged_logits(
-    model: ModelDescription, weights: step.Weights, tokens: np.ndarray, *, chunk: int, num_decoded: int, devices: int = 1
+    model: ModelDescription,
+    weights: step.Weights,
+    tokens: np.ndarray,
+    *,
+    chunk: int,
+    num_decoded: int,
+    devices: int = 1,
+    decode_alone: bool = True,
 ) -> np.ndarray:
     """Logits [B, n, V] of tokens [B, n], all rows in step: chunks of `chunk`, the last `num_decoded` one by one.
 
     Rows' pages are interleaved and out of order in the pool.
+
+    Args:
+        decode_alone: single tokens run in programs of their own size; otherwise in those of the chunks, as beside a prefill.
     """
     num_rows, length = tokens.shape
     mesh = make_mesh(devices)
@@ -46,7 +56,7 @@ def paged_logits(
     starts = [*range(0, length - num_decoded, chunk), *range(length - num_decoded, length)]
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         count = end - start
-        width = num_rows * (1 if count == 1 else max(chunk, 16))
+        width = num_rows * (1 if count == 1 and decode_alone else max(chunk, 16))
         buffer = PlanBuffer(PlanShape(width, num_rows, width, pages * num_rows), num_rows)
         buffer.num_single_rows[0] = num_rows if count == 1 else 0
         buffer.token_ids[: num_rows * count] = tokens[:, start:end].ravel()

@@ -16,6 +16,7 @@ from jaxserve.sharding import Shardings, kv_repeat, make_mesh
 from tests.goldens.cases import NAMES, read_golden, write_checkpoint
 from tests.paged import paged_logits
 
+LENGTH = 48  # tokens of each golden text
 TOLERANCE = 0.01  # of the logits' standard deviation, in float32
 
 
@@ -30,7 +31,7 @@ def _quick_compiles() -> Iterator[None]:
 @cache
 def load(folder: Path, devices: int = 1) -> tuple[ModelDescription, tuple]:
     source = open_source(str(folder))
-    model = describe_model(source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices))
+    model = describe_model(source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices), context=LENGTH)
     return model, load_weights(source, model, sharding_for=Shardings(make_mesh(devices)).of)
 
 
@@ -41,10 +42,22 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chunked_prefill_and_paged_decode(name: str, tmp_path: Path) -> None:
+    """In one program for each kind of layer, which is what the time goes to: single tokens as they run beside a prefill."""
     model, weights = load(write_checkpoint(tmp_path / name, name))
     tokens, want = read_golden(name)
-    for chunk in (7, 16):
-        assert_close(paged_logits(model, weights, tokens, chunk=chunk, num_decoded=16), want)
+    for chunk, num_decoded in ((7, 16), (16, 0)):
+        assert_close(paged_logits(model, weights, tokens, chunk=chunk, num_decoded=num_decoded, decode_alone=False), want)
+
+
+# One of each kind of layer; the other kinds are among DEVICES.
+ALONE = ("llama4_text", "doge", "diffllama", "mamba", "mamba2", "zamba2", "qwen3_next", "lfm2", "recurrent_gemma", "minimax")
+
+
+@pytest.mark.parametrize("name", [name if name in ALONE else pytest.param(name, marks=pytest.mark.extra) for name in NAMES])
+def test_decode_alone(name: str, tmp_path: Path) -> None:
+    model, weights = load(write_checkpoint(tmp_path / name, name))
+    tokens, want = read_golden(name)
+    assert_close(paged_logits(model, weights, tokens, chunk=16, num_decoded=16), want)
 
 
 DEVICES = [

@@ -12,13 +12,18 @@ from jaxserve.models.families.from_config import decoder, flags, mlp, rms, windo
 from jaxserve.models.families.llama import BIASES, LLAMA, llama_like
 from jaxserve.models.families.moe import by_type, experts
 from jaxserve.models.families.qkv_assembly import LatentUp
-from jaxserve.models.families.rope_config import max_position, rope, yarn_mscale
+from jaxserve.models.families.rope_config import rope, yarn_mscale
 from jaxserve.models.families.tensors import LAYER, Table, moe_tensors, norm_tensors
-from jaxserve.models.spec import DecoderSpec, MlaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec
+from jaxserve.models.spec import DecoderSpec, MlaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, TemperatureSpec
 
 
-def latent_attention(config: HfConfig, interleaved: bool) -> MlaSpec:
-    """MLA; where YaRN sharpens attention, its scale is raised as well."""
+def latent_attention(config: HfConfig, interleaved: bool, read_elsewhere: tuple[str, ...] = (), **changes: Any) -> MlaSpec:
+    """MLA; where YaRN sharpens attention, its scale is raised as well.
+
+    Args:
+        read_elsewhere: as for `rope`.
+        changes: fields of MlaSpec.
+    """
     parameters = config.rope_parameters
     scale = float((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
     if parameters.get("rope_type", "default") != "default" and parameters.get("mscale_all_dim"):
@@ -33,15 +38,16 @@ def latent_attention(config: HfConfig, interleaved: bool) -> MlaSpec:
         rope_dim=config.qk_rope_head_dim,
         v_dim=config.v_head_dim,
         scale=scale,
-        rope=rope(config, dim=config.qk_rope_head_dim, interleaved=interleaved),
+        rope=rope(config, dim=config.qk_rope_head_dim, interleaved=interleaved, read_elsewhere=read_elsewhere),
         latent_norm=NormSpec(eps=1e-6),  # whatever rms_norm_eps is
         bias=bool(config.attention_bias),
+        **changes,
     )
 
 
-def _with_latents(config: HfConfig, interleaved: bool, block: Any) -> DecoderSpec:
+def _with_latents(config: HfConfig, interleaved: bool, block: Any, **fields: Any) -> DecoderSpec:
     mixer = latent_attention(config, interleaved)
-    return decoder(config, rms(config), lambda i: mixer, block, max_position=max_position(config))
+    return decoder(config, rms(config), lambda i: mixer, block, **fields)
 
 
 def _deepseek_v2(config: HfConfig) -> DecoderSpec:
@@ -85,6 +91,32 @@ def _deepseek_v3(config: HfConfig) -> DecoderSpec:
     return _with_latents(config, bool(config.rope_interleave), _after_dense(config, block))
 
 
+def _mistral4(config: HfConfig) -> DecoderSpec:
+    """DeepSeek V3 with softmax scores, and q that grows with the position."""
+    parameters, dim = config.rope_parameters, config.moe_intermediate_size
+    own = ("llama_4_scaling_beta", "max_position_embeddings", "partial_rotary_factor")
+    beta, length = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
+    part = config.qk_rope_head_dim / (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    if not beta or not length or abs(parameters.get("partial_rotary_factor", part) - part) > 1e-6:
+        raise ModelLoadError(
+            f"mistral4 with rope_parameters {parameters} is not supported; jaxserve can do those with llama_4_scaling_beta, "
+            f"original_max_position_embeddings and a partial_rotary_factor of qk_rope_head_dim / qk_head_dim = {part}"
+        )
+    interleaved, temperature = bool(config.rope_interleave), TemperatureSpec(scale=beta, length=length)
+    mixer = latent_attention(config, interleaved, read_elsewhere=own, temperature=temperature)
+    router = RouterSpec(
+        num_groups=config.n_group,
+        top_groups=config.topk_group,
+        group_score="best_two",
+        normalize=bool(config.norm_topk_prob),
+        norm_eps=1e-20,
+        scale=float(config.routed_scaling_factor),
+    )
+    shared = mlp(config, dim * config.n_shared_experts)
+    block = experts(config, config.n_routed_experts, config.num_experts_per_tok, router, dim=dim, shared=shared)
+    return decoder(config, rms(config), lambda i: mixer, _after_dense(config, block))
+
+
 def _after_dense(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec | MoeSpec]:
     dense = mlp(config)
     return lambda i: block if i >= config.first_k_dense_replace else dense
@@ -97,6 +129,27 @@ def _glm4_moe_lite(config: HfConfig) -> DecoderSpec:
 
 def _youtu(config: HfConfig) -> DecoderSpec:
     return _with_latents(config, bool(config.rope_interleave), mlp(config))
+
+
+def _minicpm3(config: HfConfig) -> DecoderSpec:
+    return _with_latents(
+        config,
+        False,
+        mlp(config, **flags(config, {"bias": "mlp_bias"})),
+        embed_scale=float(config.scale_emb),
+        residual_multiplier=float(config.scale_depth) / config.num_hidden_layers**0.5,
+        logit_multiplier=config.dim_model_base / config.hidden_size,
+    )
+
+
+def _hy_v3(config: HfConfig) -> DecoderSpec:
+    dim = config.moe_intermediate_size
+    router = RouterSpec(scores="sigmoid", choice_bias=True, norm_eps=1e-20, scale=float(config.router_scaling_factor))
+    bias = flags(config, {"bias": "mlp_bias"})
+    shared = mlp(config, dim * config.num_shared_experts, **bias)
+    block = experts(config, config.num_experts, config.num_experts_per_tok, router, dim=dim, shared=shared)
+    blocks = by_type(config, block, mlp(config, **bias))
+    return llama_like(config, **flags(config, BIASES), qk_norm=rms(config), mlp_spec=blocks)
 
 
 def _glm4_moe(config: HfConfig) -> DecoderSpec:
@@ -159,6 +212,8 @@ MLA: Table = {
     ),
 }
 _V3 = LLAMA | moe_tensors()
+_BIAS_BESIDE = LLAMA | moe_tensors(choice_bias="mlp.e_score_correction_bias")
+_HY_V3 = LLAMA | moe_tensors(router="mlp.router.gate", shared="mlp.shared_mlp", choice_bias="mlp.expert_bias")
 
 ARCHITECTURES = tuple(
     Architecture(name=name, model_type=model_type, spec=spec, tensors=table)
@@ -166,10 +221,13 @@ ARCHITECTURES = tuple(
         ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek_v2, _V3 | MLA),
         ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek_v3, _V3 | MLA),
         ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _glm4_moe_lite, _V3 | MLA),
+        ("Mistral4ForCausalLM", "mistral4", _mistral4, _V3 | MLA),
+        ("MiniCPM3ForCausalLM", "minicpm3", _minicpm3, LLAMA | MLA),
         ("YoutuForCausalLM", "youtu", _youtu, LLAMA | MLA),
         ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe, _V3),
         ("Dots1ForCausalLM", "dots1", _dots1, _V3),
         ("SolarOpenForCausalLM", "solar_open", _solar_open, _V3),
-        ("ExaoneMoeForCausalLM", "exaone_moe", _exaone_moe, LLAMA | moe_tensors(choice_bias="mlp.e_score_correction_bias")),
+        ("ExaoneMoeForCausalLM", "exaone_moe", _exaone_moe, _BIAS_BESIDE),
+        ("HYV3ForCausalLM", "hy_v3", _hy_v3, _HY_V3),
     )
 )

@@ -1,15 +1,21 @@
-"""Gemma 1 to 3, and Gemma 3 as the text part of the one that also takes images."""
+"""Gemma 1 to 3, dense Gemma 4, and Gemma 3 as the text part of the one that also takes images."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
+from jaxserve.models.families.assembly import Same
 from jaxserve.models.families.from_config import activation, attention, decoder, flags, mlp, refuse, rms, windows
 from jaxserve.models.families.llama import BIASES, LLAMA
+from jaxserve.models.families.qkv_assembly import Qkv
 from jaxserve.models.families.rope_config import rope
-from jaxserve.models.families.tensors import layer_norms
-from jaxserve.models.spec import DecoderSpec, RopeSpec
+from jaxserve.models.families.tensors import LAYER, Table, layer_norms
+from jaxserve.models.spec import AttentionSpec, DecoderSpec, FactorScaling, RopeSpec
 
 
 def _gemma_like(config: HfConfig, act: str, ropes: list[RopeSpec], **fields: Any) -> DecoderSpec:
@@ -47,6 +53,65 @@ def _gemma3(config: HfConfig) -> DecoderSpec:
     return _gemma_like(config, config.hidden_activation, ropes, scale=scale, qk_norm=norm, norm_placement="sandwich")
 
 
+def _gemma4(config: HfConfig) -> DecoderSpec:
+    """The dense text model: no embeddings of each layer's own, no layers without keys, no experts."""
+    refuse(config, hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=False)
+    if config.use_bidirectional_attention == "all":
+        refuse(config, use_bidirectional_attention="vision")  # of images; text is causal
+    norm, seen = rms(config), windows(config)
+
+    def mixer(i: int) -> AttentionSpec:
+        own, is_full = config.per_layer_config[i], seen[i] is None
+        return attention(
+            own,
+            _gemma4_rope(config.rope_parameters[config.layer_types[i]], own.head_dim),
+            window=seen[i],
+            **flags(config, BIASES),
+            scale=1.0,
+            qk_norm=norm,
+            v_norm=rms(config, gain=False),
+            v_from_k=bool(config.attention_k_eq_v) and is_full,
+        )
+
+    return decoder(
+        config,
+        norm,
+        mixer,
+        mlp(config, activation=activation(config.hidden_activation)),
+        norm_placement="sandwich",
+        embed_scale=config.hidden_size**0.5,
+        layer_gain=True,
+        logit_softcap=config.final_logit_softcapping,
+    )
+
+
+def _gemma4_rope(parameters: Mapping[str, Any], dim: int) -> RopeSpec:
+    """In a "proportional" one the later pairs of a head stand still, and the earlier ones turn as if all did."""
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+    if unknown or kind not in ("default", "proportional"):
+        raise ModelLoadError(
+            f"gemma4 with rope_parameters {parameters} is not supported; jaxserve can do default and proportional"
+        )
+    if kind == "default":
+        refuse(SimpleNamespace(model_type="gemma4", **parameters), partial_rotary_factor=1.0, factor=1.0)
+        return RopeSpec(theta=theta, rotary_dim=dim)
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+    factors = (float(parameters.get("factor", 1.0)),) * turning + (math.inf,) * (dim // 2 - turning)
+    return RopeSpec(theta=theta, rotary_dim=dim, scaling=FactorScaling(factors=factors))
+
+
+def _gemma4_table(spec: DecoderSpec) -> Table:
+    """Where values are made of keys, there is no tensor of their own."""
+    table = GEMMA2 | {"layers.{i}.gain": Same(f"{LAYER}layer_scalar")}
+    for i, layer in enumerate(spec.layers):
+        if layer.attention is not None and layer.attention.v_from_k:
+            for ours, kind in (("", "weight"), ("_bias", "bias")):
+                names = (f"model.layers.{i}.self_attn.{name}_proj.{kind}" for name in "qkk")
+                table[f"layers.{i}.mixer.qkv{ours}"] = Qkv(tuple(names))
+    return table
+
+
 GEMMA2 = LLAMA | layer_norms(
     mixer_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
@@ -59,6 +124,7 @@ ARCHITECTURES = (
     Architecture(name="Gemma2ForCausalLM", model_type="gemma2", spec=_gemma2, tensors=GEMMA2),
     Architecture(name="VaultGemmaForCausalLM", model_type="vaultgemma", spec=_gemma2, tensors=_VAULT),
     Architecture(name="Gemma3ForCausalLM", model_type="gemma3_text", spec=_gemma3, tensors=GEMMA2),
+    Architecture(name="Gemma4ForCausalLM", model_type="gemma4_text", spec=_gemma4, tensors=_gemma4_table),
     Architecture(
         name="Gemma3ForConditionalGeneration",
         model_type="gemma3",
@@ -66,5 +132,13 @@ ARCHITECTURES = (
         tensors=GEMMA2,
         renames={"language_model.": "", "model.language_model.": "model."},  # before and since transformers 4.52
         ignored=("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    Architecture(
+        name="Gemma4ForConditionalGeneration",
+        model_type="gemma4",
+        spec=lambda config: _gemma4(config.get_text_config()),
+        tensors=_gemma4_table,
+        renames={"model.language_model.": "model."},
+        ignored=("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
     ),
 )

@@ -1,4 +1,4 @@
-"""gpt-oss (sinks, clamped SwiGLU) and Llama 4 (chunked attention): experts fused in the checkpoint."""
+"""gpt-oss (sinks, clamped SwiGLU), Granite with sinks, and Llama 4 (chunked attention): experts fused in the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Same
 from jaxserve.models.families.from_config import attention, decoder, flags, layer_types, mlp, rms, windows
-from jaxserve.models.families.llama import BIASES, LLAMA, llama_like
+from jaxserve.models.families.llama import BIASES, LLAMA, granite_multipliers, llama_like
+from jaxserve.models.families.moe import GRANITE_MOE, granite_experts
 from jaxserve.models.families.moe_assembly import FusedDown, FusedUp
-from jaxserve.models.families.rope_config import max_position, rope
-from jaxserve.models.families.tensors import LAYER, moe_tensors, tensors
+from jaxserve.models.families.rope_config import rope
+from jaxserve.models.families.tensors import LAYER, Table, moe_tensors, tensors
 from jaxserve.models.spec import (
     AttentionSpec,
     ClampedSwiglu,
@@ -63,9 +64,28 @@ def _llama4(config: HfConfig) -> DecoderSpec:
     )
     dense = mlp(config, config.intermediate_size_mlp)
     sparse = config.moe_layers
-    return decoder(config, rms(config), mixer, lambda i: block if i in sparse else dense, max_position=max_position(config))
+    return decoder(config, rms(config), mixer, lambda i: block if i in sparse else dense)
 
 
+def _granite_swa(config: HfConfig) -> DecoderSpec:
+    """Granite with windows, sinks (as a share of what is attended to, which is the same), and a rope or none in each layer."""
+    thetas, block = config.layer_rope_theta, granite_experts(config) if config.model_type == "granitemoe_swa" else None
+    if len(thetas) != config.num_hidden_layers:
+        raise ModelLoadError(f"layer_rope_theta names {len(thetas)} layers; num_hidden_layers is {config.num_hidden_layers}")
+    return llama_like(
+        config,
+        windows=windows(config),
+        ropes=[rope(config, config.rope_parameters | {"rope_theta": theta}) if theta else None for theta in thetas],
+        **flags(config, BIASES),
+        scale=float(config.attention_multiplier),
+        sinks=True,
+        mlp_fields=flags(config, {"bias": "mlp_bias"}),
+        mlp_spec=None if block is None else lambda i: block,
+        decoder_fields=granite_multipliers(config),
+    )
+
+
+_SINKS: Table = {"layers.{i}.mixer.sinks": Same(f"{LAYER}self_attn.sinks")}
 _OSS_EXPERTS = f"{LAYER}mlp.experts."
 _GPT_OSS = LLAMA | {
     **moe_tensors(router="mlp.router"),
@@ -73,7 +93,7 @@ _GPT_OSS = LLAMA | {
     "layers.{i}.mlp.experts_up_bias": FusedUp(f"{_OSS_EXPERTS}gate_up_proj_bias", "interleaved"),
     "layers.{i}.mlp.experts_down": FusedDown(f"{_OSS_EXPERTS}down_proj", is_linear=False),
     "layers.{i}.mlp.experts_down_bias": Same(f"{_OSS_EXPERTS}down_proj_bias"),
-    "layers.{i}.mixer.sinks": Same(f"{LAYER}self_attn.sinks"),
+    **_SINKS,
 }
 _EXPERTS4 = f"{LAYER}feed_forward.experts."
 _LLAMA4 = tensors(up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="feed_forward.down_proj") | {
@@ -82,7 +102,10 @@ _LLAMA4 = tensors(up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="f
     "layers.{i}.mlp.experts_down": FusedDown(f"{_EXPERTS4}down_proj", is_linear=False),
 }
 
+
 ARCHITECTURES = (
     Architecture(name="GptOssForCausalLM", model_type="gpt_oss", spec=_gpt_oss, tensors=_GPT_OSS),
+    Architecture(name="GraniteSWAForCausalLM", model_type="granite_swa", spec=_granite_swa, tensors=LLAMA | _SINKS),
+    Architecture(name="GraniteMoeSWAForCausalLM", model_type="granitemoe_swa", spec=_granite_swa, tensors=GRANITE_MOE | _SINKS),
     Architecture(name="Llama4ForCausalLM", model_type="llama4_text", spec=_llama4, tensors=_LLAMA4),
 )

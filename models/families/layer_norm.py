@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.from_config import flags, layer_norm, one_window, windows
+from jaxserve.models.families.from_config import flags, layer_norm, mlp, one_window, refuse, rms, windows
 from jaxserve.models.families.llama import BIASES, LLAMA, llama_like
+from jaxserve.models.families.moe import by_type, experts
 from jaxserve.models.families.rope_config import rope
-from jaxserve.models.families.tensors import head_norms, tensors
-from jaxserve.models.spec import DecoderSpec
+from jaxserve.models.families.tensors import head_norms, moe_tensors, tensors
+from jaxserve.models.spec import DecoderSpec, RouterSpec
 
 
 def _cohere(config: HfConfig) -> DecoderSpec:
@@ -33,6 +35,35 @@ def _cohere2(config: HfConfig) -> DecoderSpec:
         windows=window,
         ropes=[None if seen is None else position for seen in window],
         **flags(config, BIASES),
+        decoder_fields={"norm_placement": "parallel_shared", "logit_multiplier": config.logit_scale},
+    )
+
+
+def _cohere2_moe(config: HfConfig) -> DecoderSpec:
+    """As Cohere 2, with experts behind some dense layers; the average of experts and shared expert is half of each."""
+    window, position = windows(config), rope(config, interleaved=True)
+    types, has_rope = config.mlp_layer_types, config.prefix_dense_sliding_window_pattern == 1
+    if config.expert_selection_fn not in ("softmax", "sigmoid"):
+        raise ModelLoadError(
+            f"expert_selection_fn {config.expert_selection_fn!r} is not supported; jaxserve can do softmax, sigmoid"
+        )
+    if config.shared_expert_combination_strategy not in ("average", "sum"):
+        refuse(config, shared_expert_combination_strategy="average")
+    shared = config.num_shared_experts * config.intermediate_size
+    share = 0.5 if shared and config.shared_expert_combination_strategy == "average" else 1.0
+    is_softmax = config.expert_selection_fn == "softmax"
+    router = RouterSpec(
+        scores="softmax" if is_softmax else "sigmoid", normalize=is_softmax or bool(config.norm_topk_prob), scale=share
+    )
+    behind = mlp(config, shared, out_multiplier=share) if shared else None
+    block = experts(config, config.num_experts, config.num_experts_per_tok, router, shared=behind)
+    return llama_like(
+        config,
+        norm=layer_norm(config.layer_norm_eps, bias=False) if config.rms_norm_eps is None else rms(config),
+        windows=window,
+        ropes=[position if seen is not None or (has_rope and types[i] == "dense") else None for i, seen in enumerate(window)],
+        **flags(config, BIASES),
+        mlp_spec=by_type(config, block, mlp(config, config.prefix_dense_intermediate_size)),
         decoder_fields={"norm_placement": "parallel_shared", "logit_multiplier": config.logit_scale},
     )
 
@@ -118,6 +149,7 @@ ARCHITECTURES = tuple(
     for name, model_type, spec, table in (
         ("CohereForCausalLM", "cohere", _cohere, _COHERE),
         ("Cohere2ForCausalLM", "cohere2", _cohere2, LLAMA),
+        ("Cohere2MoeForCausalLM", "cohere2_moe", _cohere2_moe, LLAMA | moe_tensors()),
         ("StableLmForCausalLM", "stablelm", _stablelm, _STABLELM),
         ("Starcoder2ForCausalLM", "starcoder2", _starcoder2, tensors(up=("mlp.c_fc",), down="mlp.c_proj")),
         ("NemotronForCausalLM", "nemotron", _nemotron, _NEMOTRON),

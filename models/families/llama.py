@@ -22,7 +22,7 @@ from jaxserve.models.families.from_config import (
     rms,
     windows,
 )
-from jaxserve.models.families.rope_config import max_position, rope
+from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER, layer_norms, norm_tensors, tensors
 from jaxserve.models.spec import DecoderSpec, FactorScaling, NormSpec, RopeSpec, TemperatureSpec
 
@@ -49,7 +49,6 @@ def llama_like(
     """
     norm = rms(config) if norm is None else norm
     every_rope = rope(config) if ropes is None else None
-    fields = {"max_position": max_position(config)} | (decoder_fields or {})
     return decoder(
         config,
         norm,
@@ -60,7 +59,7 @@ def llama_like(
             **attention_fields,
         ),
         mlp(config, **(mlp_fields or {})) if mlp_spec is None else mlp_spec,
-        **fields,
+        **(decoder_fields or {}),
     )
 
 
@@ -143,6 +142,17 @@ def _granite(config: HfConfig) -> DecoderSpec:
         scale=float(config.attention_multiplier),
         mlp_fields=flags(config, {"bias": "mlp_bias"}),
         decoder_fields=granite_multipliers(config),
+    )
+
+
+def _hyperclovax(config: HfConfig) -> DecoderSpec:
+    fields = granite_multipliers(config) | {"logit_multiplier": float(config.logits_scaling)}
+    return llama_like(
+        config,
+        **flags(config, BIASES),
+        scale=float(config.attention_multiplier),
+        mlp_fields=flags(config, {"bias": "mlp_bias"}),
+        decoder_fields=fields | {"norm_placement": "sandwich" if config.use_post_norm else "pre"},
     )
 
 
@@ -242,6 +252,7 @@ _FUSED_UP = tensors(gate_up="mlp.gate_up_proj")
 _GLM4 = _FUSED_UP | layer_norms(
     mixer_out_norm="post_self_attn_layernorm", mlp_norm="post_attention_layernorm", mlp_out_norm="post_mlp_layernorm"
 )
+_HYPERCLOVAX = LLAMA | layer_norms(mixer_out_norm="post_norm1", mlp_out_norm="post_norm2")
 _PHI3 = tensors(qkv=("self_attn.qkv_proj",), layout="concatenated", gate_up="mlp.gate_up_proj")
 HUNYUAN = tensors(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm")
 _BITNET = (
@@ -276,6 +287,7 @@ ARCHITECTURES = tuple(
         ("HeliumForCausalLM", "helium", _helium, LLAMA),
         ("SeedOssForCausalLM", "seed_oss", _seed_oss, LLAMA),
         ("GraniteForCausalLM", "granite", _granite, LLAMA),
+        ("HyperCLOVAXForCausalLM", "hyperclovax", _hyperclovax, _HYPERCLOVAX),
         ("SmolLM3ForCausalLM", "smollm3", _smollm3, LLAMA),
         ("CwmForCausalLM", "cwm", _cwm, LLAMA),
         ("Ernie4_5ForCausalLM", "ernie4_5", _ernie, LLAMA),

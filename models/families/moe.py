@@ -30,7 +30,7 @@ from jaxserve.models.families.llama import (
 )
 from jaxserve.models.families.moe_assembly import FusedDown, FusedUp, StackedRows
 from jaxserve.models.families.olmo import OLMO2
-from jaxserve.models.families.rope_config import max_position, rope
+from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER, layer_norms, moe_tensors, tensors
 from jaxserve.models.spec import DecoderSpec, MlpSpec, MoeSpec, RopeSpec, RouterSpec
 
@@ -65,12 +65,12 @@ def _phimoe_rope(config: HfConfig) -> RopeSpec:
     """Where it is scaled, cos and sin have a factor of their own instead of the attention factor."""
     parameters = dict(config.rope_parameters)
     short = parameters.pop("short_mscale", None)
-    parameters.pop("long_mscale", None)
+    long = parameters.pop("long_mscale", None)
     if parameters.get("rope_type", "default") == "default":
         return rope(config, parameters, read_elsewhere=("original_max_position_embeddings",))
-    if parameters["rope_type"] != "longrope" or short is None:
+    if parameters["rope_type"] != "longrope" or short is None or long is None:
         raise ModelLoadError(f"phimoe with rope_parameters {parameters} is not supported; jaxserve can do default and longrope")
-    return rope(config, parameters | {"attention_factor": short})
+    return rope(config, parameters | {"attention_factor": short, "long_attention_factor": long})
 
 
 def _sparse_layers(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec | MoeSpec]:
@@ -79,9 +79,9 @@ def _sparse_layers(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec 
     return lambda i: block if i not in config.mlp_only_layers and (i + 1) % step == 0 else dense
 
 
-def by_type(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec | MoeSpec]:
-    """Experts where mlp_layer_types says sparse."""
-    types, dense = config.mlp_layer_types, mlp(config)
+def by_type(config: HfConfig, block: MoeSpec, dense: MlpSpec | None = None) -> Callable[[int], MlpSpec | MoeSpec]:
+    """Experts where mlp_layer_types says sparse; elsewhere `dense`, or the config's own block."""
+    types, dense = config.mlp_layer_types, mlp(config) if dense is None else dense
     if len(types) != config.num_hidden_layers or set(types) - {"dense", "sparse"}:
         raise ModelLoadError(f"mlp_layer_types must name dense or sparse for each layer; got {types}")
     return lambda i: block if types[i] == "sparse" else dense
@@ -97,7 +97,6 @@ def _mellum(config: HfConfig) -> DecoderSpec:
         **flags(config, BIASES),
         qk_norm=rms(config),
         mlp_spec=by_type(config, block),
-        decoder_fields={"max_position": config.max_position_embeddings},
     )
 
 
@@ -142,10 +141,14 @@ def _olmoe(config: HfConfig) -> DecoderSpec:
     )
 
 
-def _granitemoe(config: HfConfig) -> DecoderSpec:
+def granite_experts(config: HfConfig) -> MoeSpec:
     dim = getattr(config, "shared_intermediate_size", 0)
     shared = mlp(config, dim) if dim else None
-    block = experts(config, config.num_local_experts, config.num_experts_per_tok, RouterSpec(), shared=shared)
+    return experts(config, config.num_local_experts, config.num_experts_per_tok, RouterSpec(), shared=shared)
+
+
+def _granitemoe(config: HfConfig) -> DecoderSpec:
+    block = granite_experts(config)
     return llama_like(
         config,
         **flags(config, BIASES),
@@ -217,7 +220,7 @@ def _dbrx(config: HfConfig) -> DecoderSpec:
     dim = config.hidden_size // config.num_attention_heads
     mixer = attention(config, rope(config, dim=dim), num_kv_heads=own.kv_n_heads, clip=own.clip_qkv)
     norm = layer_norm(1e-5, bias=False)
-    return decoder(config, norm, lambda i: mixer, block, max_position=max_position(config))
+    return decoder(config, norm, lambda i: mixer, block)
 
 
 def _afmoe(config: HfConfig) -> DecoderSpec:
@@ -256,7 +259,7 @@ _MINIMAX_M2 = (
 _QWEN = LLAMA | moe_tensors(shared="mlp.shared_expert")
 _OLMOE = OLMO2 | moe_tensors()
 _PRE_OLMOE = _OLMOE | layer_norms(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm")
-_GRANITE = (
+GRANITE_MOE = (
     LLAMA
     | moe_tensors(router="block_sparse_moe.router.layer")
     | {
@@ -304,8 +307,8 @@ ARCHITECTURES = tuple(
         ("MellumForCausalLM", "mellum", _mellum, _QWEN),
         ("OlmoeForCausalLM", "olmoe", _olmoe, _PRE_OLMOE),
         ("FlexOlmoForCausalLM", "flex_olmo", _olmoe, _OLMOE),
-        ("GraniteMoeForCausalLM", "granitemoe", _granitemoe, _GRANITE),
-        ("GraniteMoeSharedForCausalLM", "granitemoeshared", _granitemoe, _GRANITE),
+        ("GraniteMoeForCausalLM", "granitemoe", _granitemoe, GRANITE_MOE),
+        ("GraniteMoeSharedForCausalLM", "granitemoeshared", _granitemoe, GRANITE_MOE),
         ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", _ernie_moe, _ERNIE),
         ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", _hunyuan_moe, _HUNYUAN_MOE),
         ("MiniMaxM2ForCausalLM", "minimax_m2", _minimax_m2, _MINIMAX_M2),

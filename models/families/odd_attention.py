@@ -10,7 +10,7 @@ from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Derived, Projection, Same
 from jaxserve.models.families.from_config import decoder, flags, head_dim, kv_heads, mlp, refuse, rms
 from jaxserve.models.families.llama import BIASES, LLAMA
-from jaxserve.models.families.rope_config import max_position, rope
+from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER
 from jaxserve.models.spec import DecoderSpec, DifferentialAttentionSpec, ValueLogitAttentionSpec
 
@@ -30,7 +30,7 @@ def _diffllama(config: HfConfig) -> DecoderSpec:
             **flags(config, BIASES),
         )
 
-    return decoder(config, rms(config), mixer, mlp(config), max_position=max_position(config))
+    return decoder(config, rms(config), mixer, mlp(config))
 
 
 def _doge(config: HfConfig) -> DecoderSpec:
@@ -47,7 +47,7 @@ def _doge(config: HfConfig) -> DecoderSpec:
         **flags(config, BIASES),
     )
     # Past keep_window_size keys it would read only those that score best.
-    longest = min(max_position(config), config.keep_window_size)
+    longest = min(config.max_position_embeddings, config.keep_window_size)
     block = mlp(config, **flags(config, {"bias": "mlp_bias"}))
     return decoder(config, norm, lambda i: mixer, block, residual_gain=True, max_position=longest)
 

@@ -22,7 +22,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "dynamic": ("original_max_position_embeddings",),
     "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
-    "longrope": ("factor", "attention_factor"),
+    "longrope": ("factor", "attention_factor", "long_attention_factor"),
 }
 
 
@@ -59,14 +59,6 @@ def rope(
     rotary_dim = int((dim or head_dim(config)) * part)
     scaling = _scaling(config, kind, fields, rotary_dim)
     return RopeSpec(theta=float(theta), rotary_dim=rotary_dim, scaling=scaling, interleaved=interleaved)
-
-
-def max_position(config: HfConfig) -> int:
-    """Longest context: with LongRoPE the one that its short factors are for, as the long ones would change every key."""
-    parameters = config.rope_parameters
-    if parameters.get("rope_type") == "longrope":
-        return min(int(config.max_position_embeddings), int(parameters["original_max_position_embeddings"]))
-    return int(config.max_position_embeddings)
 
 
 def _scaling(config: HfConfig, kind: str, fields: Mapping[str, Any], rotary_dim: int) -> RopeScaling | None:
@@ -108,11 +100,17 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def _longrope(config: HfConfig, fields: Mapping[str, Any], rotary_dim: int) -> FactorScaling:
-    factors, original = fields["short_factor"], fields["original_max_position_embeddings"]
-    if len(factors) != rotary_dim // 2:
-        raise ModelLoadError(f"rope's short_factor must have {rotary_dim // 2} numbers; got {len(factors)}")
+    original = fields["original_max_position_embeddings"]
     factor = fields.get("factor") or config.max_position_embeddings / original
     attention = fields.get("attention_factor")
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return FactorScaling(factors=tuple(map(float, factors)), attention_factor=float(attention))
+    short, long = (_factors(fields, name, rotary_dim) for name in ("short_factor", "long_factor"))
+    longer = FactorScaling(factors=long, attention_factor=float(fields.get("long_attention_factor", attention)))
+    return FactorScaling(factors=short, attention_factor=float(attention), context=int(original), longer=longer)
+
+
+def _factors(fields: Mapping[str, Any], name: str, rotary_dim: int) -> tuple[float, ...]:
+    if len(fields[name]) != rotary_dim // 2:
+        raise ModelLoadError(f"rope's {name} must have {rotary_dim // 2} numbers; got {len(fields[name])}")
+    return tuple(map(float, fields[name]))

@@ -12,7 +12,7 @@ from jaxserve.models.interface import AnyCacheSpec, CacheKind, CacheSpec, Runtim
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotate
-from jaxserve.models.spec import AttentionSpec
+from jaxserve.models.spec import AttentionSpec, TemperatureSpec
 
 
 class Attention(nnx.Module):
@@ -31,6 +31,7 @@ class Attention(nnx.Module):
         self.qkv_bias = parameter((kv_heads, group + 2, head_dim), ("kv_heads", None, None), dtype) if spec.qkv_bias else None
         self.q_norm = _qk_norm(spec, spec.num_heads, "heads", dtype)
         self.k_norm = _qk_norm(spec, kv_heads, "kv_heads", dtype)
+        self.v_norm = Norm(head_dim, spec.v_norm, dtype, (None,)) if spec.v_norm else None
         self.gate = weight((d_model, spec.num_heads, head_dim), ("embed", "heads", None), dtype) if spec.out_gate else None
         self.gate_bias = parameter((spec.num_heads, head_dim), ("heads", None), dtype) if spec.gate_bias else None
         self.sinks = parameter((spec.num_heads,), ("heads",), dtype) if spec.sinks else None
@@ -76,6 +77,8 @@ class Attention(nnx.Module):
         q = q.reshape(-1, spec.num_heads, spec.head_dim)
         if not together and not spec.qk_norm_after_rope:
             q, k = self._normalize(q, k)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
         if spec.clip is not None:
             q, k, v = (jnp.clip(x, -spec.clip, spec.clip) for x in (q, k, v))
         if rotation is not None:
@@ -84,9 +87,7 @@ class Attention(nnx.Module):
         if spec.qk_norm_after_rope:
             q, k = self._normalize(q, k)
         if spec.temperature is not None:
-            t = spec.temperature
-            steps = jnp.floor((batch.positions.astype(jnp.float32) + t.offset) / t.length)
-            q = (q * (1 + t.scale * jnp.log1p(steps))[:, None, None]).astype(q.dtype)
+            q = heated(q, spec.temperature, batch)
         return q, k, v
 
     def _normalize(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -112,6 +113,12 @@ class Attention(nnx.Module):
             sinks=value(self.sinks),
             alibi=None if spec.alibi is None else jnp.asarray(spec.alibi, jnp.bfloat16 if spec.alibi_rounded else jnp.float32),
         )
+
+
+def heated(q: Float[Array, "T N H"], spec: TemperatureSpec, batch: StepBatch) -> Float[Array, "T N H"]:
+    """q, grown with its position."""
+    steps = jnp.floor((batch.positions.astype(jnp.float32) + spec.offset) / spec.length)
+    return (q * (1 + spec.scale * jnp.log1p(steps))[:, None, None]).astype(q.dtype)
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, axis: str, dtype: DTypeLike) -> Norm | None:

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, CacheSpec, Runtime, StepBatch
+from jaxserve.models.layers.attention import heated
 from jaxserve.models.layers.linear import linear, linear_by_head, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotate
@@ -57,6 +58,8 @@ class Mla(nnx.Module):
         latent = jnp.concatenate((self.kv_norm(down[:, : spec.kv_rank]), k_rope[:, 0]), axis=-1)
         pages = runtime.write_latent(pages, latent, batch)
         q = jnp.concatenate((q_latent, q_rope), axis=-1)
+        if spec.temperature is not None:
+            q = heated(q, spec.temperature, batch)
         mixed = runtime.attend_latent(q, pages, batch, scale=spec.scale, value_dim=spec.kv_rank)  # [T, N, R]
         mixed = linear_by_head(mixed, self.v_up.get_value())
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (pages,)

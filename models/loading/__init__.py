@@ -55,18 +55,21 @@ def describe_model(
     *,
     dtype: DTypeLike,
     kv_repeat: Callable[[int], int] = lambda num_kv_heads: 1,
+    context: int | None = None,
     quantization: Quantization | None = None,
     keep_quantized: bool = False,
 ) -> ModelDescription:
     """The model's parameters and its forward function, before any weight is read.
 
     Args:
+        context: longest text, if the model has other ropes for longer ones; by default the first that it was made for.
         quantization: of the layers' matmuls, done while the weights load.
         kv_repeat: how often to hold each kv head, from the number that a layer's checkpoint has.
         keep_quantized: multiply by 8-bit weights that the checkpoint holds, where it has a scale for each channel or for
             all; otherwise, and where it has one for each block, they are dequantised while they load.
     """
-    model = describe_decoder(source.architecture.name, source.spec.with_kv_repeat(kv_repeat), dtype, quantization)
+    spec = source.spec.with_kv_repeat(kv_repeat).for_context(context)
+    model = describe_decoder(source.architecture.name, spec, dtype, quantization)
     return keep_fp8(model, source) if keep_quantized else model
 
 

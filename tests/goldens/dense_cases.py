@@ -28,6 +28,17 @@ GEMMA2: dict[str, Any] = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 15.0,
 }
+GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "final_logit_softcapping": 15.0,
+    "tie_word_embeddings": True,
+}
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -35,6 +46,8 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [2.0 + i / 10 for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+PAST: dict[str, Any] = {"original_max_position_embeddings": 32}  # which the 48 tokens outgrow
+LATENT_LONGROPE = LONGROPE | PAST | {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 OPT: dict[str, Any] = {"ffn_dim": 96, "num_hidden_layers": 3, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +58,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", {"head_dim": 16}),
     "seed_oss": ("seed_oss", {"head_dim": 24}),
     "granite": ("granite", MULTIPLIERS),
+    "granite_swa": (
+        "granite_swa",
+        MULTIPLIERS | {"sliding_window": 8, "num_hidden_layers": 4, "layer_rope_theta": [10000.0, 500.0, 0, 500.0]},
+    ),
+    "hyperclovax": ("hyperclovax", MULTIPLIERS),
+    "minicpm3": ("minicpm3", LATENT | {"scale_emb": 3, "dim_model_base": 32, "rope_parameters": LATENT_LONGROPE}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0]}),
     "cwm": ("cwm", {"head_dim": 16, "sliding_window": 8}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
@@ -55,9 +74,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 16}),
     "phi3": ("phi3", {"sliding_window": None}),
+    "phi3_longrope_past": ("phi3", {"rope_parameters": LONGROPE | PAST, "original_max_position_embeddings": 32}),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", GEMMA2 | LAYERS4),
+    "gemma4_text": ("gemma4_text", GEMMA4),
     "vaultgemma": ("vaultgemma", GEMMA2 | {"sliding_window": 8}),
     "olmo": ("olmo", {"clip_qkv": 2.0}),
     "olmo2": ("olmo2", {}),

@@ -80,6 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+CLASSES = {"mistral4": "Mistral4ForCausalLM"}  # that transformers' AutoModelForCausalLM does not know
 ATTENTION = {"falcon_alibi": "sdpa"}  # transformers' eager attention adds ALiBi twice in Falcon
 
 CASES |= dense_cases.CASES | moe_cases.CASES | recurrent_cases.CASES
@@ -98,6 +99,7 @@ def _values(name: str, made: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def make(case: str) -> float:
     """Writes the files of one case; returns the spread of its logits."""
     import torch
+    import transformers
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,12 +113,14 @@ def make(case: str) -> float:
         known = kind.__dataclass_fields__.keys() - kind.attribute_map
         fields = {name: value for name, value in BASE.items() if name in known} | fields
         config = AutoConfig.for_model(model_type, **fields)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
+        auto = getattr(transformers, CLASSES[case]) if case in CLASSES else AutoModelForCausalLM
+        made = auto(config) if case in CLASSES else auto.from_config(config, dtype=torch.float32)
+        made.save_pretrained(scratch)
         file = Path(scratch) / "model.safetensors"
         tensors = {n: _values(n, v, rng) for n, v in load_file(file).items()}
         tensors = {n: np.asarray(v, np.float32) for n, v in tensors.items()}
         save_file(tensors, file, metadata={"format": "pt"})
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             scratch, attn_implementation=ATTENTION.get(case, "eager"), dtype=torch.float32, output_loading_info=True
         )
         shutil.copy(Path(scratch) / "config.json", out / "config.json")

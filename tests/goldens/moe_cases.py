@@ -3,9 +3,9 @@
 from typing import Any
 
 if __package__:
-    from tests.goldens.dense_cases import LATENT, MULTIPLIERS
+    from tests.goldens.dense_cases import LATENT, MULTIPLIERS, YARN
 else:  # make_goldens.py runs where the project is not installed
-    from dense_cases import LATENT, MULTIPLIERS
+    from dense_cases import LATENT, MULTIPLIERS, YARN
 
 QWEN: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -19,15 +19,43 @@ ROUTED: dict[str, Any] = {
 }
 DENSE_FIRST = GROUPS | ROUTED | {"head_dim": 16}
 
+COHERE: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "num_experts": 4,
+    "sliding_window": 8,
+    "logit_scale": 0.25,
+    "tie_word_embeddings": True,
+    "first_k_dense_replace": 1,
+    "prefix_dense_intermediate_size": 80,
+}
+HEATED: dict[str, Any] = YARN | {
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+    "original_max_position_embeddings": 16,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", LOCAL),
     "phimoe": ("phimoe", LOCAL),
+    "cohere2_moe": ("cohere2_moe", COHERE | {"num_shared_experts": 1}),
+    "cohere2_moe_rms": (
+        "cohere2_moe",
+        COHERE | {"expert_selection_fn": "sigmoid", "rms_norm_eps": 1e-5, "prefix_dense_sliding_window_pattern": 2},
+    ),
+    "hy_v3": ("hy_v3", QWEN | {"head_dim": 16, "router_scaling_factor": 2.0}),
+    "mistral4": ("mistral4", LATENT | ROUTED | {"n_group": 2, "topk_group": 1, "rope_parameters": HEATED}),
     "qwen2_moe": ("qwen2_moe", QWEN | {"shared_expert_intermediate_size": 80, "norm_topk_prob": False}),
     "qwen3_moe": ("qwen3_moe", QWEN | {"head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0]}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "flex_olmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": ("granitemoe", LOCAL | MULTIPLIERS),
     "granitemoeshared": ("granitemoeshared", LOCAL | MULTIPLIERS | {"shared_intermediate_size": 40}),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        LOCAL | MULTIPLIERS | {"shared_intermediate_size": 40, "sliding_window": 8, "layer_rope_theta": [10000.0, 0, 500.0]},
+    ),
     "mellum": (
         "mellum",
         QWEN

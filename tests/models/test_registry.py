@@ -131,3 +131,13 @@ def test_refuses_what_it_cannot_do(case: str, changes: dict[str, Any], message: 
 def test_untied_gemma_has_a_head() -> None:
     assert not spec_of("gemma3_text", tie_word_embeddings=False).tie_embeddings
     assert replace(spec_of("gemma3_text"), tie_embeddings=False) == spec_of("gemma3_text", tie_word_embeddings=False)
+
+
+def test_longrope_is_chosen_by_the_longest_text() -> None:
+    spec = spec_of("phi3_longrope")  # 64 tokens at first, 256 in all
+    short, long = spec.for_context(64), spec.for_context(65)
+    assert spec.for_context(None) == short and (short.max_position, long.max_position) == (64, 256)
+    factors = cases.read_config("phi3_longrope")["rope_parameters"]
+    for model, name in ((short, "short_factor"), (long, "long_factor")):
+        assert {layer.rope.scaling.factors for layer in model.layers} == {tuple(factors[name])}
+    assert spec_of("llama").for_context(10**6) == spec_of("llama")
