@@ -288,7 +288,7 @@ def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelD
         )
     if all(parameter.form == "plain" for parameter in model.parameters):
         log.warning(
-            "the checkpoint's 8-bit weights are dequantised while they load: they have a scale for each block, or are not "
+            "the checkpoint's quantised weights are dequantised while they load: they have a scale for each block, or are not "
             "meant to be multiplied in 8 bits; --quantization fp8 rounds them again, with a scale for each channel"
         )
 

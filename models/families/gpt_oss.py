@@ -7,7 +7,7 @@ from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Same
 from jaxserve.models.families.from_config import attention, decoder, flags, layer_types, mlp, rms, windows
 from jaxserve.models.families.llama import BIASES, LLAMA, granite_multipliers, llama_like
-from jaxserve.models.families.moe import GRANITE_MOE, granite_experts
+from jaxserve.models.families.moe import GRANITE_MOE_SWA, granite_experts
 from jaxserve.models.families.moe_assembly import FusedDown, FusedUp
 from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER, Table, moe_tensors, tensors
@@ -106,6 +106,8 @@ _LLAMA4 = tensors(up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="f
 ARCHITECTURES = (
     Architecture(name="GptOssForCausalLM", model_type="gpt_oss", spec=_gpt_oss, tensors=_GPT_OSS),
     Architecture(name="GraniteSWAForCausalLM", model_type="granite_swa", spec=_granite_swa, tensors=LLAMA | _SINKS),
-    Architecture(name="GraniteMoeSWAForCausalLM", model_type="granitemoe_swa", spec=_granite_swa, tensors=GRANITE_MOE | _SINKS),
+    Architecture(
+        name="GraniteMoeSWAForCausalLM", model_type="granitemoe_swa", spec=_granite_swa, tensors=GRANITE_MOE_SWA | _SINKS
+    ),
     Architecture(name="Llama4ForCausalLM", model_type="llama4_text", spec=_llama4, tensors=_LLAMA4),
 )

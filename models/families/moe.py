@@ -31,7 +31,7 @@ from jaxserve.models.families.llama import (
 from jaxserve.models.families.moe_assembly import FusedDown, FusedUp, StackedRows
 from jaxserve.models.families.olmo import OLMO2
 from jaxserve.models.families.rope_config import rope
-from jaxserve.models.families.tensors import LAYER, layer_norms, moe_tensors, tensors
+from jaxserve.models.families.tensors import LAYER, Table, layer_norms, moe_tensors, tensors
 from jaxserve.models.spec import DecoderSpec, MlpSpec, MoeSpec, RopeSpec, RouterSpec
 
 
@@ -259,16 +259,20 @@ _MINIMAX_M2 = (
 _QWEN = LLAMA | moe_tensors(shared="mlp.shared_expert")
 _OLMOE = OLMO2 | moe_tensors()
 _PRE_OLMOE = _OLMOE | layer_norms(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm")
-GRANITE_MOE = (
+_GRANITE_SHARED: Table = {
+    "layers.{i}.mlp.shared.up": Halves(f"{LAYER}shared_mlp.input_linear.weight"),
+    "layers.{i}.mlp.shared.down": Projection(f"{LAYER}shared_mlp.output_linear.weight"),
+}
+_GRANITE = (
     LLAMA
     | moe_tensors(router="block_sparse_moe.router.layer")
     | {
         "layers.{i}.mlp.experts_up": FusedUp(f"{LAYER}block_sparse_moe.input_linear.weight"),
         "layers.{i}.mlp.experts_down": FusedDown(f"{LAYER}block_sparse_moe.output_linear.weight"),
-        "layers.{i}.mlp.shared.up": Halves(f"{LAYER}shared_mlp.input_linear.weight"),
-        "layers.{i}.mlp.shared.down": Projection(f"{LAYER}shared_mlp.output_linear.weight"),
     }
+    | _GRANITE_SHARED
 )
+GRANITE_MOE_SWA = LLAMA | moe_tensors(router="block_sparse_moe.router", experts="block_sparse_moe.experts") | _GRANITE_SHARED
 _ERNIE = (
     LLAMA
     | moe_tensors()
@@ -307,8 +311,8 @@ ARCHITECTURES = tuple(
         ("MellumForCausalLM", "mellum", _mellum, _QWEN),
         ("OlmoeForCausalLM", "olmoe", _olmoe, _PRE_OLMOE),
         ("FlexOlmoForCausalLM", "flex_olmo", _olmoe, _OLMOE),
-        ("GraniteMoeForCausalLM", "granitemoe", _granitemoe, GRANITE_MOE),
-        ("GraniteMoeSharedForCausalLM", "granitemoeshared", _granitemoe, GRANITE_MOE),
+        ("GraniteMoeForCausalLM", "granitemoe", _granitemoe, _GRANITE),
+        ("GraniteMoeSharedForCausalLM", "granitemoeshared", _granitemoe, _GRANITE),
         ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", _ernie_moe, _ERNIE),
         ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", _hunyuan_moe, _HUNYUAN_MOE),
         ("MiniMaxM2ForCausalLM", "minimax_m2", _minimax_m2, _MINIMAX_M2),

@@ -1,4 +1,4 @@
-"""What config.json's quantization_config says: 8-bit floats in a few forms; all else is refused by name. Reads no tensor."""
+"""What config.json's quantization_config says: floats of 8 or 4 bits in a few forms; all else is refused by name. Reads no tensor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _COMPRESSED_FIELDS = {"quant_method", "format", "config_groups", "ignore", "kv_c
 _COMPRESSED_FIELDS |= {"global_compression_ratio", "sparsity_config", "transform_config"}
 _FP8_FIELDS = {"quant_method", "activation_scheme", "weight_block_size", "fmt", "dequantize", "scale_fmt", "kv_cache_scheme"}
 _FP8_FIELDS |= {"modules_to_not_convert", "ignored_layers", "modules_to_convert", "expert_dtype"}
+_MXFP4_FIELDS = {"quant_method", "modules_to_not_convert", "dequantize"}
 _FP8_VALUES = {"fmt": "e4m3", "expert_dtype": "fp8"}
 
 Activations = Literal["token", "static", "plain"]
@@ -49,7 +50,10 @@ def read_quantization(raw: Mapping[str, Any]) -> CheckpointQuantization | None:
         return _compressed(fields)
     if method == "fp8":
         return _fp8(fields)
-    raise _refusal(f"quant_method {method!r}", "compressed-tensors and fp8 (e4m3 weights)")
+    if method == "mxfp4":
+        _refuse_unknown(fields, _MXFP4_FIELDS)
+        return CheckpointQuantization("plain", (1, 32))
+    raise _refusal(f"quant_method {method!r}", "compressed-tensors and fp8 (e4m3 weights), and mxfp4")
 
 
 def _compressed(fields: Mapping[str, Any]) -> CheckpointQuantization:

@@ -14,6 +14,7 @@ from jaxserve.models.loading.checkpoint_quantization import read_quantization
 from jaxserve.models.loading.converted import is_converted
 from jaxserve.models.loading.fp8_tensors import is_kv_scale, join_scales
 from jaxserve.models.loading.hf_config import generation_defaults, understand_config
+from jaxserve.models.loading.mxfp4_tensors import join_blocks
 from jaxserve.models.loading.safe_tensor import DTYPES, EIGHT_BITS, SafeTensor, open_file
 from jaxserve.models.loading.source import ModelSource, StoredTensor
 
@@ -47,7 +48,10 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
                 dtypes[_known_dtype(name, tensor)] += 1
     if quantization is not None:
         quantization = replace(quantization, has_kv_scales=quantization.has_kv_scales or any(map(is_kv_scale, tensors)))
-        tensors = join_scales(tensors, quantization)
+        tensors = join_blocks(join_scales(tensors, quantization))
+        for name, left in tensors.items():
+            if isinstance(left, SafeTensor):
+                _known_dtype(name, left)  # what is left must stand for itself
     dtype = dtypes.most_common(1)[0][0] if dtypes else "bfloat16"
     return ModelSource(folder, "safetensors", architecture, config, spec, generation, dtype, tensors, quantization)
 
@@ -60,7 +64,7 @@ def _named_dtype(raw: Mapping[str, Any]) -> str:
 
 def _known_dtype(name: str, tensor: SafeTensor) -> str:
     if tensor.dtype not in DTYPES:
-        hint = "; 8-bit weights need a quantization_config in config.json" if tensor.dtype in EIGHT_BITS else ""
+        hint = "; weights of 8 bits need scales, and a quantization_config in config.json" if tensor.dtype in EIGHT_BITS else ""
         raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}, which is not supported; wanted {', '.join(DTYPES)}{hint}")
     return DTYPES[tensor.dtype]
 

@@ -17,7 +17,9 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Of numbers that stand for themselves: safetensors' names and NumPy's."""
 
 FP8 = "F8_E4M3"
-EIGHT_BITS = {FP8: ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+EIGHT_BITS = {FP8: ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "U8": np.uint8}
+"""Of numbers that mean something together with others."""
+
 _NUMPY = {ours: np.dtype(getattr(ml_dtypes, name, name)) for ours, name in DTYPES.items()} | EIGHT_BITS
 
 
