@@ -13,7 +13,7 @@ PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.
 CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-extra test-tpu test-clients soak check docs clean
+.PHONY: help serve chat test test-extra test-tpu test-gpu-aot test-clients soak check docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ check: $(READY) ## what must pass before a commit: format, lint, types, quick te
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not extra and not tpu" $(ARGS)
 
+test-gpu-aot: $(READY) ## compile GPU kernels and steps for an H100, without one, in a venv of its own; takes long
+	test -x .venv-gpu-aot/bin/python || $(BIN)/python -m venv .venv-gpu-aot
+	PYTHONWARNINGS=ignore .venv-gpu-aot/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[cuda13]' pytest pytest-timeout
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-gpu-aot/bin/python -m pytest \
+		--override-ini 'python_files=check_*.py' $(or $(ARGS),tests/gpu_aot)
+
 test-clients: $(READY) ## litellm, LangChain, lm-eval and FastChat, each in a venv of its own, against SmolLM2
 	for name in clients lmeval fastchat; do \
 		test -x .venv-$$name/bin/python || $(BIN)/python -m venv .venv-$$name || exit 1; \
@@ -54,7 +61,7 @@ docs: $(READY) ## write docs/reference.md anew: every option, route and metric
 	$(BIN)/python -m tests.make_reference
 
 clean: ## remove .venv and everything else that was made
-	rm -rf .venv .venv-clients .venv-lmeval .venv-fastchat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-gpu-aot .venv-clients .venv-lmeval .venv-fastchat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

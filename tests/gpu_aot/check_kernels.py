@@ -1,0 +1,75 @@
+"""For an H100 that is not there: the attention kernels and a small model's step compile for sm_90a, and nothing spills.
+
+`make test-gpu-aot`, in an environment of its own: jax's CUDA packages are large, and beside them jax looks for a driver.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bench.kernels.compile import VARIANTS, build
+from jaxserve.tpu.target import open_target
+from tests.tpu.steps import compile_step, plan, write_config
+
+TARGET = "gpu:h100:1"
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+# Bytes that are known to be spilled (bench/NOTES.md), in kernels that few models need.
+KNOWN = {("e4m3 h64", "decode"): 8, ("h256", "decode"): 4, ("gemma", "decode"): 4, ("e4m3 h256", "decode"): 4}
+KNOWN |= {(name, "mixed"): 152 for name in ("h256", "gemma")}
+
+
+@pytest.fixture(autouse=True)
+def ptxas_tells(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """ptxas prints what each kernel takes, and nothing comes from a cache."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+
+
+def spilled(printed: str) -> list[int]:
+    """Bytes that each kernel of ptxas's report stores because registers do not suffice."""
+    return [max(int(stores), int(loads)) for stores, loads in _SPILLS.findall(printed)]
+
+
+@cache
+def sharding() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(open_target(TARGET).devices), ("x",)), PartitionSpec())
+
+
+def cases() -> Iterator[Any]:
+    for name, options in VARIANTS.items():
+        kinds = ("decode",) if options.get("dtype") == jnp.float8_e4m3fn else ("decode", "mixed")  # prefill refuses 8-bit pages
+        yield from (pytest.param(name, kind, id=f"{name}, {kind}") for kind in kinds)
+
+
+@pytest.mark.parametrize("name, kind", list(cases()))
+def test_no_kernel_spills(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    build(sharding(), decode_only=kind == "decode", **VARIANTS[name])
+    found = spilled("".join(capfd.readouterr()))
+    assert found, "ptxas has said nothing"
+    assert max(found) <= KNOWN.get((name, kind), 0)
+
+
+@pytest.mark.parametrize("program", ["decode 16", "decode 256", "forward 512"])
+def test_a_step_runs_kernels_and_spills_nothing(program: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = plan(write_config(tmp_path, num_hidden_layers=3), TARGET)
+    compiled = compile_step(model, program)
+    found = spilled("".join(capfd.readouterr()))
+    assert found and max(found) == 0
+    text = compiled.as_text()
+    assert "paged_decode" in text or "mosaic_gpu" in text
+    assert compiled.memory_analysis().alias_size_in_bytes >= model.num_pages * model.page_bytes, (
+        "the pool is not updated in place"
+    )
+    for cache_ in model.inputs().state.caches:
+        assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "a pool is copied"
