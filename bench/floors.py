@@ -37,7 +37,7 @@ def floor_ms(model: str, batch: int, context: int) -> float:
         if isinstance(spec, StateSpec):
             total += 2 * batch * math.prod(spec.shape) * jnp.dtype(spec.dtype or jnp.bfloat16).itemsize
         else:
-            total += 2 * batch * spec.page_values(1) * min(context, spec.window or context)
+            total += 2 * batch * spec.page_values(1, "xla") * min(context, spec.window or context)
     return total / BYTES_PER_S * 1000
 
 

@@ -86,7 +86,7 @@ def measure(engine: Any, trace: Trace, *, beams: bool, width: int) -> dict[str, 
             num_open += 1
         engine.dispatch()
         held += engine.scheduler.pool.num_held
-        without += sum(len(request.pages) for request in engine.scheduler.running)
+        without += sum(len(list(request.table.held)) for request in engine.scheduler.running)
         steps += 1
         num_open -= sum(output.finished for output in engine.collect())
         engine.check_integrity()

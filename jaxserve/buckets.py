@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from jaxserve.models.cache_layout import Reach
 from jaxserve.plan import PlanShape
 
 
@@ -16,7 +18,8 @@ class Buckets:
         decode: requests of a step whose requests all have one token.
         tokens: tokens of any other step, with requests at their maximum.
         samples: rows that are sampled.
-        pages_per_slot: entries of a request's page table.
+        pages_per_slot: entries of a column of a request's page table.
+        column_pages: pages that a request holds at most in each of the columns.
     """
 
     decode: tuple[int, ...]
@@ -24,6 +27,12 @@ class Buckets:
     samples: tuple[int, ...]
     pages_per_slot: int
     page_size: int
+    column_pages: tuple[int, ...]
+
+    @property
+    def num_tables(self) -> int:
+        """Columns of a request's page table."""
+        return len(self.column_pages)
 
     @property
     def max_num_seqs(self) -> int:
@@ -31,14 +40,15 @@ class Buckets:
 
     @cached_property
     def decode_shapes(self) -> dict[int, PlanShape]:
-        """The plans of the decode programs, by requests: at most one new page a request."""
-        return {n: PlanShape(n, n, _at_least(self.samples, n), n) for n in self.decode}
+        """The plans of the decode programs, by requests: at most one new page a request and column."""
+        return {n: PlanShape(n, n, _at_least(self.samples, n), n * self.num_tables) for n in self.decode}
 
     @cached_property
     def mixed_shapes(self) -> dict[int, PlanShape]:
         """The plans of the mixed programs, by tokens: one whole table, and room for prefix hits of many pages and few tokens."""
-        updates = self.max_num_seqs + self.pages_per_slot
-        return {n: PlanShape(n, self.max_num_seqs, self.max_num_seqs, updates + n) for n in self.tokens}
+        whole, others = self.max_num_seqs * self.num_tables + sum(self.column_pages), self.num_tables - 1
+        updates = {n: whole + n + others * (n // self.page_size) for n in self.tokens}
+        return {n: PlanShape(n, self.max_num_seqs, self.max_num_seqs, updates[n]) for n in self.tokens}
 
     @property
     def shapes(self) -> list[PlanShape]:
@@ -65,7 +75,14 @@ class Buckets:
         return next(fitting)
 
 
-def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int, pages_per_slot: int, page_size: int) -> Buckets:
+def choose_buckets(
+    platform: str,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    pages_per_slot: int,
+    page_size: int,
+    reaches: Sequence[Reach] = (Reach(),),
+) -> Buckets:
     """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
     smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
     # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
@@ -77,6 +94,7 @@ def choose_buckets(platform: str, max_num_seqs: int, max_num_batched_tokens: int
         samples=tuple(sorted(samples)),
         pages_per_slot=pages_per_slot,
         page_size=page_size,
+        column_pages=tuple(r.max_pages(pages_per_slot * page_size, page_size, max_num_batched_tokens) for r in reaches),
     )
 
 

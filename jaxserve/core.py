@@ -36,7 +36,7 @@ class Row:
     """One sequence's share of a step.
 
     Attributes:
-        slot: where it keeps its page table and its last token.
+        slot: where it keeps its page table, one for all layers, and its last token.
         start: position of the first of token_ids.
         token_ids: what is computed; plan.ON_DEVICE stands for the token sampled last in this slot.
         pages: the slot's page table from the first page on; only needed where it has changed.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from jaxserve.models.interface import AnyCacheSpec, StateSpec
 
 
 @dataclass(frozen=True)
@@ -14,14 +11,12 @@ class Limits:
 
     Attributes:
         max_page_updates: changes of page tables that a plan can carry; at least one whole table.
-        window: tokens that a token sees at most, itself included, in whichever layer; None for all.
         token_sizes: tokens that the programs of mixed steps are compiled for, ascending; none if every number costs its own.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_page_updates: int
-    window: int | None = None
     token_sizes: tuple[int, ...] = ()
 
     def token_budget(self, least: int, wanted: int) -> int:
@@ -39,10 +34,3 @@ class Limits:
                 return smaller if 2 * wanted < size and smaller >= max(least, 1) else size
             smaller = size
         return self.max_num_batched_tokens
-
-
-def common_window(specs: Sequence[AnyCacheSpec]) -> int | None:
-    """How far back the layers that keep pages read at most: all share one page table, so a single one that reads on decides."""
-    windows = [spec.window for spec in specs if not isinstance(spec, StateSpec)]
-    found = [window for window in windows if window is not None]
-    return max(found) if found and len(found) == len(windows) else None

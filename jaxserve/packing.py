@@ -50,12 +50,18 @@ class Packer:
     def _pack_pages(self, plan: StepPlan, buffer: PlanBuffer) -> None:
         """The changes of page tables."""
         width = self._buckets.pages_per_slot
-        page_index = [request.slot * width + len(request.pages) - 1 for request in plan.grown]
-        page_id = [request.pages[-1] for request in plan.grown]
-        for row in plan.rows:
-            request = row.request
-            page_index += range(request.slot * width + row.new_pages, request.slot * width + len(request.pages))
-            page_id += request.pages[row.new_pages :]
+        page_index: list[int] = []
+        page_id: list[int] = []
+        for number in range(self._buckets.num_tables):
+            first = number * self._num_slots  # of this column's tables on the device
+            for request in plan.grown:
+                pages = request.table.columns[number].pages
+                page_index.append((first + request.slot) * width + len(pages) - 1)
+                page_id.append(pages[-1])
+            for row in plan.rows:
+                entries, table = row.new_entries[number], (first + row.request.slot) * width
+                page_index += range(table + entries.start, table + entries.stop)
+                page_id += row.request.table.columns[number].pages[entries.start : entries.stop]
         buffer.page_index[: len(page_index)] = page_index
         buffer.page_id[: len(page_id)] = page_id
 

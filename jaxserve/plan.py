@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
-from jaxserve.models.interface import StepBatch
+from jaxserve.models.interface import PagePlaces, StepBatch
 
 ON_DEVICE = -1  # a token id that only the device knows: the last one sampled in the row's slot
 
@@ -52,7 +52,7 @@ class PlanShape:
             "row_slot": (self.num_rows,),
             "row_position": (self.num_rows,),  # of the row's first token
             "row_tokens": (self.num_rows,),
-            "page_index": (self.num_page_updates,),  # slot * pages a slot + index in its table
+            "page_index": (self.num_page_updates,),  # (column * slots + slot) * pages a slot + index in its table
             "page_id": (self.num_page_updates,),
             "logit_rows": (self.num_samples,),
             "samples": (self.num_samples, SAMPLE_FIELDS),
@@ -112,38 +112,48 @@ def unpack(packed: Int[Array, " size"], shape: PlanShape) -> UnpackedPlan:
     return UnpackedPlan(**parts | {"num_single_rows": parts["num_single_rows"][0]})
 
 
-def apply_page_updates(page_tables: Int[Array, "slots pages"], plan: UnpackedPlan) -> Int[Array, "slots pages"]:
+def apply_page_updates(page_tables: Int[Array, "tables pages"], plan: UnpackedPlan) -> Int[Array, "tables pages"]:
     """The page tables with the plan's changes."""
     return page_tables.reshape(-1).at[plan.page_index].set(plan.page_id, mode="drop").reshape(page_tables.shape)
 
 
 def step_batch(
     plan: UnpackedPlan,
-    page_tables: Int[Array, "slots pages"],
+    page_tables: Int[Array, "tables pages"],
     last_tokens: Int[Array, " slots"],
     page_size: int,
 ) -> StepBatch:
-    """What the model receives, from the plan and the state that stayed on the device."""
+    """What the model receives, from the plan and the state that stayed on the device.
+
+    Args:
+        page_tables: the first columns of all slots' tables, then the second ones, and so on.
+    """
     num_tokens, num_rows = plan.token_ids.shape[0], plan.row_slot.shape[0]
     query_start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(plan.row_tokens)])
     token = jnp.arange(num_tokens)
     row = jnp.minimum(jnp.searchsorted(query_start, token, side="right", method="compare_all") - 1, num_rows - 1)
     in_use = token < query_start[-1]
     positions = jnp.where(in_use, plan.row_position[row] + token - query_start[row], 0)
-    row_tables = page_tables[plan.row_slot]
-    page = row_tables[row, positions // page_size]
-    write_slots = jnp.where(in_use, page * page_size + positions % page_size, np.iinfo(np.int32).max)
+
+    def places(tables: Int[Array, "slots pages"]) -> PagePlaces:
+        row_tables = tables[plan.row_slot]
+        page = row_tables[row, positions // page_size]
+        return PagePlaces(row_tables, jnp.where(in_use, page * page_size + positions % page_size, np.iinfo(np.int32).max))
+
+    num_slots = last_tokens.shape[0]
+    first, *others = (places(page_tables[at : at + num_slots]) for at in range(0, page_tables.shape[0], num_slots))
     token_ids = jnp.where(plan.token_ids == ON_DEVICE, last_tokens[plan.row_slot[row]], plan.token_ids)
     return StepBatch(
         token_ids=token_ids,
         positions=positions,
         query_start=query_start,
         kv_lens=jnp.where(plan.row_tokens > 0, plan.row_position + plan.row_tokens, 0),
-        page_tables=row_tables,
-        write_slots=write_slots,
+        page_tables=first.page_tables,
+        write_slots=first.write_slots,
         num_single_rows=plan.num_single_rows,
         slots=jnp.where(plan.row_tokens > 0, plan.row_slot, np.iinfo(np.int32).max),
         logit_rows=plan.logit_rows,
+        other_tables=tuple(others),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,30 @@ def _local_bytes(array: jax.ShapeDtypeStruct) -> int:
     return int(array.dtype.itemsize * math.prod(array.sharding.shard_shape(array.shape)))
 
 
+def longest_request(build: Build) -> int:
+    """Tokens of a request that fits the pool alone."""
+    max_chunk = build.config.scheduler.max_num_batched_tokens
+    assert max_chunk is not None and build.config.model.max_model_len is not None
+
+    def pages_of(num_pages: int) -> int:
+        """What it takes for a text of so many pages."""
+        num_tokens = num_pages * build.page_size
+        return sum(reach.max_pages(num_tokens, build.page_size, max_chunk) for reach in build.layout.reaches)
+
+    at_most = max(build.num_pages, build.pages_per_slot)  # windows alone would hold a text without end
+    return bisect_right(range(1, at_most + 1), build.num_pages, key=pages_of) * build.page_size
+
+
+def tokens_held(build: Build) -> int:
+    """Tokens that fit the pool in requests of the full length which decode: windows keep only the last ones of each."""
+    length = build.pages_per_slot * build.page_size
+    pages = sum(reach.max_pages(length, build.page_size, 1) for reach in build.layout.reaches)
+    return build.num_pages * length // pages
+
+
 def fit_model_len(build: Build, asked: int | None) -> EngineConfig:
     """A request of the full length must fit the pool alone, else it could never end."""
-    model, holds = build.config.model, build.num_pages * build.page_size
+    model, holds = build.config.model, longest_request(build)
     assert model.max_model_len is not None
     if holds >= model.max_model_len:
         return build.config

@@ -34,51 +34,56 @@ def page_keys(parent: PageKey, token_ids: Sequence[int], page_size: int) -> list
 
 
 class PrefixCache:
-    """Finds the pages that already hold a prompt's beginning.
+    """Finds the pages that already hold a prompt's beginning, for each group of layers apart.
 
     Attributes:
         queries, hits: prompt tokens looked up and found so far.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, num_groups: int = 1) -> None:
         self.queries = 0
         self.hits = 0
-        self._pool = pool
-        self._page_of: dict[PageKey, int] = {}
-        self._key_of: dict[int, PageKey] = {}
+        self._page_of: list[dict[PageKey, int]] = [{} for _ in range(num_groups)]
+        self._key_of: dict[int, tuple[int, PageKey]] = {}
         pool.on_reuse = self.forget
 
     def __contains__(self, page: int) -> bool:
         return page in self._key_of
 
-    def find(self, keys: Sequence[PageKey]) -> list[int]:
-        """The pages of the longest cached beginning, not yet held for the caller."""
-        pages = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def page(self, key: PageKey, group: int = 0) -> int | None:
+        """The page that holds what the key stands for, not yet held for the caller."""
+        return self._page_of[group].get(key)
 
-    def add(self, key: PageKey, page: int) -> None:
+    def group_of(self, page: int) -> int | None:
+        """Whose layers' page it is, if it is here."""
+        found = self._key_of.get(page)
+        return None if found is None else found[0]
+
+    def num_found(self, keys: Sequence[PageKey], group: int = 0) -> int:
+        """How many pages of the beginning are here without a gap."""
+        pages = self._page_of[group]
+        return next((i for i, key in enumerate(keys) if key not in pages), len(keys))
+
+    def add(self, key: PageKey, page: int, group: int = 0) -> None:
         """Records that a full page holds what the key stands for. The first page with a key keeps it."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+        if key not in self._page_of[group] and page not in self._key_of:
+            self._page_of[group][key] = page
+            self._key_of[page] = group, key
 
     def clear(self) -> None:
         """Forgets everything; held pages stay held."""
-        self._page_of.clear()
+        for pages in self._page_of:
+            pages.clear()
         self._key_of.clear()
 
     def forget(self, *pages: int) -> None:
         """What they hold is lost, or no good."""
         for page in pages:
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._page_of[key]
+            if (found := self._key_of.pop(page, None)) is not None:
+                group, key = found
+                del self._page_of[group][key]
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the two directions disagree."""
-        assert self._page_of == {key: page for page, key in self._key_of.items()}, "prefix cache maps disagree"
+        forward = {page: (group, key) for group, pages in enumerate(self._page_of) for key, page in pages.items()}
+        assert forward == self._key_of, "prefix cache maps disagree"

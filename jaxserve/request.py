@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.outputs import FinishReason, TokenLogprobs
+from jaxserve.page_table import PageTable
 from jaxserve.plan import (
     FREQUENCY,
     MIN_P,
@@ -94,14 +95,12 @@ class Request:
     Attributes:
         token_ids: prompt and output; `num_in_flight` more are sampled but not seen by the host yet.
         num_computed: tokens whose keys and values are in the pool once the dispatched steps have run.
-        pages: in order; the device's table knows the first num_pages_sent. The first num_pages_passed are others' by now: no
-            layer reads them any more.
+        table: of its pages; none of them while it waits.
         order: sorts waiting and running requests; smaller goes first and is preempted last.
         decodes_until: while fewer tokens than this are computed, a step computes the newest one and there is nothing to decide:
             no page to take or copy, no limit to heed, no choice for the host. 0 where that is not so.
         num_passed: how often a later request was admitted past this one.
         is_placed: whether a planned step has given its sampling parameters to its slot.
-        shares_pages: whether it has forked, so that a page it writes may be another's too.
         bans: token ids that must not come next.
         needs_host: the host must see each token before the next is sampled (beams; bans that depend on the text so far).
         is_held: the host has the results of its last token, and has yet to choose the next one.
@@ -124,13 +123,9 @@ class Request:
     num_preemptions: int = 0
     num_passed: int = 0
     slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    num_pages_sent: int = 0
-    num_pages_cached: int = 0
-    num_pages_passed: int = 0
+    table: PageTable = field(default_factory=PageTable)
     page_keys: list[PageKey] = field(default_factory=list)
     is_placed: bool = False
-    shares_pages: bool = False
     is_held: bool = False
     # What it is to give
     stop_ids: frozenset[int] = field(init=False)
@@ -168,11 +163,6 @@ class Request:
         self.wants_all_logprobs = any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
         self.logprobs = [] if params.logprobs is not None else None
         self.prompt_logprobs = [None] * self.num_prompt_tokens
-
-    @property
-    def held_pages(self) -> list[int]:
-        """Those of its pages that are still its own."""
-        return self.pages[self.num_pages_passed :] if self.num_pages_passed else self.pages
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,6 +5,7 @@ Nothing here waits for the device except `collect`, and nothing eager runs betwe
 
 from __future__ import annotations
 
+from itertools import batched
 from typing import Any, cast
 
 import jax
@@ -114,10 +115,11 @@ class Runner:
         return cast(dict[str, jax.Array], outputs)
 
     def _copy(self, program: str, copies: list[tuple[int, int]]) -> None:
-        sources = np.zeros(self._inputs.num_slots, np.int32)
-        targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
-        sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
-        self.copy(program, sources, targets)
+        for some in batched(copies, self._inputs.num_slots):
+            sources = np.zeros(self._inputs.num_slots, np.int32)
+            targets = np.full(self._inputs.num_slots, np.iinfo(np.int32).max, np.int32)
+            sources[: len(some)], targets[: len(some)] = zip(*some, strict=True)
+            self.copy(program, sources, targets)
 
     def copy(self, program: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         """Runs one of the programs that copy pages or states."""
@@ -135,10 +137,13 @@ def abstract_state(
     to: Shardings,
     *,
     kv_dtype: jnp.dtype | None = None,
+    num_tables: int = 1,
 ) -> DeviceState:
     """Shapes and shardings of the state, without allocating it.
 
     Args:
+        specs: one for each array.
+        num_tables: columns of a request's page table.
         dtype: of recurrent states that ask for none, and of pages where kv_dtype does not say otherwise.
     """
 
@@ -150,7 +155,7 @@ def abstract_state(
         shape = spec.pages_shape(num_pages, page_size, to.attention)
         return jax.ShapeDtypeStruct(shape, kv_dtype or dtype, sharding=sharding)
 
-    tables: Any = jax.ShapeDtypeStruct((num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
+    tables: Any = jax.ShapeDtypeStruct((num_tables * num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
     return DeviceState(tuple(map(cache, specs)), tables)
 
 

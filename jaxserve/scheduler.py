@@ -8,9 +8,13 @@ even while a step that used it is still running.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 
+from jaxserve.kv_pages import KvPages
 from jaxserve.limits import Limits
+from jaxserve.models.cache_layout import Reach
 from jaxserve.page_pool import PagePool
+from jaxserve.page_table import PageTable
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.request import Request, Status
 from jaxserve.slots import Slots
@@ -23,11 +27,20 @@ MAX_LOOKED_AT = 32  # waiting requests that do not fit, before a step stops look
 class Scheduler:
     """Owns the waiting and running requests, their slots and their pages."""
 
-    def __init__(self, limits: Limits, pool: PagePool, page_size: int, prefix_cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        pool: PagePool,
+        page_size: int,
+        prefix_cache: PrefixCache | None = None,
+        reaches: Sequence[Reach] = (Reach(),),
+    ) -> None:
+        """reaches: how far back the layers of each column of a page table read."""
         self.limits = limits
         self.pool = pool
         self.page_size = page_size
         self.prefix_cache = prefix_cache
+        self.pages = KvPages(pool, page_size, prefix_cache, reaches, limits.max_num_batched_tokens)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -44,8 +57,8 @@ class Scheduler:
 
     def finish(self, request: Request, *, is_sound: bool = True) -> None:
         """Takes a request out, wherever it is, and frees what it holds; nobody finds it in the cache unless it is sound."""
-        if self.prefix_cache is not None and not is_sound:
-            self.prefix_cache.forget(*request.held_pages)
+        if not is_sound:
+            self.pages.forget(request.table)
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._free(request)
@@ -95,10 +108,7 @@ class Scheduler:
         if self.prefix_cache is None or request.status is not Status.RUNNING:
             return
         request.update_page_keys(self.page_size)
-        full = min(request.num_computed // self.page_size, len(request.page_keys))
-        for i in range(request.num_pages_cached, full):
-            self.prefix_cache.add(request.page_keys[i], request.pages[i])
-        request.num_pages_cached = max(request.num_pages_cached, full)
+        self.pages.record(request.table, request.page_keys[: request.num_computed // self.page_size])
 
     def recompute(self) -> None:
         """What the pages hold is no good any more: every running request is computed again, and the cache is emptied."""
@@ -116,11 +126,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError where requests, slots and pages disagree."""
-        self.pool.check_integrity([page for r in self.running for page in r.held_pages])
-        if self.prefix_cache is not None:
-            self.prefix_cache.check_integrity()
+        self.pages.check_integrity(r.table for r in self.running)
         self._slots.check_integrity([r.slot for r in self.running])
-        assert all(not r.pages for r in self.waiting), "a waiting request holds pages"
+        assert all(not r.table.columns for r in self.waiting), "a waiting request holds pages"
 
     # Running requests
 
@@ -144,13 +152,12 @@ class Scheduler:
         is_full = 0 < request.decodes_until == request.num_computed < request.max_num_tokens - 1
         if is_full:
             self._release_passed(request)
-        if not is_full or plan.num_page_updates >= self.limits.max_page_updates or not self.pool.num_free:
+        num_updates = plan.num_page_updates + len(request.table.columns)
+        if not is_full or num_updates > self.limits.max_page_updates or not self.pages.grow(request.table):
             return False
-        request.pages.append(self._allocate())
-        request.num_pages_sent += 1
         request.decodes_until = min(request.num_computed + self.page_size, request.max_num_tokens - 1)
         plan.grown.append(request)
-        plan.num_page_updates += 1
+        plan.num_page_updates = num_updates
         return True
 
     def _continue(self, request: Request, plan: StepPlan, num_behind: int) -> None:
@@ -159,14 +166,14 @@ class Scheduler:
         if request.status is not Status.RUNNING or wanted <= 0:
             return
         self._release_passed(request)
-        while not self._reserve(request, request.num_computed + wanted, plan):
+        while not self._reserve(request, wanted, plan):
             victim = max(self.running, key=lambda r: (r.order, r.is_held))
             plan.drop(victim)
             self._preempt(victim)
             plan.page_copies = [copy for copy in plan.page_copies if self.pool.holders(copy[1])]
             if victim is request:
                 return
-        if plan.num_page_updates + len(request.pages) - request.num_pages_sent <= self.limits.max_page_updates:
+        if plan.num_page_updates + request.table.num_unsent <= self.limits.max_page_updates:
             self._add_row(request, wanted, plan, num_behind)
 
     def _chunk(self, request: Request, plan: StepPlan, num_behind: int) -> int:
@@ -177,29 +184,9 @@ class Scheduler:
         return wanted
 
     def _reserve(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
-        """Gets the pages for so many tokens, all or none; a shared page that will be written is replaced by a copy."""
-        missing = -(-num_tokens // self.page_size) - len(request.pages)
-        if missing <= 0 and not request.shares_pages:
-            return True
-        index, offset = divmod(request.num_computed, self.page_size)
-        copies = offset > 0 and self.pool.holders(request.pages[index]) > 1
-        if max(missing, 0) + copies > self.pool.num_free:
-            return False
-        for _ in range(missing):
-            request.pages.append(self._allocate())
-        if copies:
-            page = self._allocate()
-            plan.page_copies.append((request.pages[index], page))
-            self.pool.release(request.pages[index])
-            request.pages[index] = page
-            request.num_pages_sent = min(request.num_pages_sent, index)
-        request.shares_pages = False  # from here on it writes to pages of its own
-        return True
-
-    def _allocate(self) -> int:
-        page = self.pool.allocate()
-        assert page is not None, "the caller has counted the free pages"
-        return page
+        """Gets the pages for the request's next tokens, all or none; what it shares and will write is to be copied."""
+        start, known = request.num_computed, len(request.token_ids)
+        return self.pages.reserve(request.table, start, start + num_tokens, known, plan.page_copies)
 
     def _preempt(self, request: Request) -> None:
         self.record_computed_pages(request)  # when it comes back, it may find them
@@ -210,49 +197,36 @@ class Scheduler:
         self.add(request)
 
     def _free(self, request: Request) -> None:
-        self._slots.give_back(request.slot, request.pages[: request.num_pages_sent])
-        # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
-        for page in reversed(request.held_pages):
-            self._release(page)
-        request.pages.clear()
-        request.num_pages_sent = request.num_pages_cached = request.num_pages_passed = 0
+        self._slots.give_back(request.slot, request.table)
+        self.pages.free(request.table)
+        request.table = PageTable()
         request.num_computed = request.decodes_until = 0
         request.slot = -1
-        request.is_placed = request.shares_pages = False
-
-    def _release(self, page: int) -> None:
-        self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
+        request.is_placed = False
 
     def _release_passed(self, request: Request) -> None:
-        """Frees the pages that no layer will read any more: those before the window of the next token."""
-        if self.limits.window is None:
-            return
-        passed = max(request.num_computed + 1 - self.limits.window, 0) // self.page_size
-        if passed > request.num_pages_passed:
+        """Frees the pages that no layer will read any more."""
+        if self.pages.has_passed(request.table, request.num_computed):
             self.record_computed_pages(request)
-            for page in request.pages[request.num_pages_passed : passed]:
-                self._release(page)
-            request.num_pages_passed = passed
-            request.num_pages_cached = max(request.num_pages_cached, passed)
+            self.pages.release_passed(request.table, request.num_computed)
 
     def _add_row(self, request: Request, num_tokens: int, plan: StepPlan, num_behind: int = 0) -> None:
         start = request.num_computed
         num_targets = 0
         if request.wants_prompt_logprobs:
             num_targets = min(start + num_tokens, request.num_prompt_tokens - 1) - start
-        row = PlanRow(request, start, num_tokens, [], request.num_pages_sent, num_targets)
+        plan.num_page_updates += request.table.num_unsent
+        row = PlanRow(request, start, num_tokens, [], request.table.send(), num_targets)
         if not request.is_placed:
             plan.place(request)
         plan.rows.append(row)
         plan.num_tokens += num_tokens
         plan.num_samples += num_targets
-        plan.num_page_updates += len(request.pages) - request.num_pages_sent
         request.num_computed += num_tokens
-        request.num_pages_sent = len(request.pages)
         if request.num_computed == request.num_tokens:
             plan.sample(row, request)
             if not request.needs_host:
-                request.decodes_until = min(len(request.pages) * self.page_size, request.max_num_tokens - 1)
+                request.decodes_until = min(request.table.num_pages * self.page_size, request.max_num_tokens - 1)
             if request.group.unforked:
                 self._fork_group(row, plan, num_behind)
 
@@ -260,14 +234,11 @@ class Scheduler:
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a child that shares all of a running parent's pages; needs a free slot."""
-        for page in parent.held_pages:
-            self.pool.share(page)
-        parent.shares_pages = child.shares_pages = True
+        child.table = parent.table.forked()
+        self.pages.share(child.table)
         parent.decodes_until = 0  # the page it writes next is to be copied
-        child.pages, child.num_pages_passed = list(parent.pages), parent.num_pages_passed
         child.num_computed = parent.num_computed
         child.num_cached_tokens = parent.num_cached_tokens
-        child.num_pages_cached = parent.num_pages_cached
         child.page_keys = list(parent.page_keys)
         child.scheduled_s = parent.scheduled_s
         self._run(child)
@@ -287,7 +258,7 @@ class Scheduler:
     def _run(self, request: Request) -> None:
         self.running.append(request)
         request.status = Status.RUNNING
-        request.slot, request.num_pages_sent = self._slots.take(request.pages)
+        request.slot = self._slots.take(request.table)
 
     # Admission
 
@@ -316,35 +287,31 @@ class Scheduler:
 
     def _fits(self, request: Request, plan: StepPlan) -> bool:
         """Whether all pages of the request's known tokens, and of one more, can be had now."""
-        num_pages = len(request.token_ids) // self.page_size + 1
-        if plan.num_page_updates + num_pages > self.limits.max_page_updates:
+        num_tokens = len(request.token_ids) + 1
+        if plan.num_page_updates + self.pages.max_pages(num_tokens) > self.limits.max_page_updates:
             return False
-        hits = self._find_prefix(request)
-        from_free = num_pages - sum(self.pool.holders(page) > 0 for page in hits)
-        return from_free <= self.pool.num_free
+        return self.pages.can_start(self._find_prefix(request), num_tokens)
 
-    def _find_prefix(self, request: Request) -> list[int]:
+    def _find_prefix(self, request: Request) -> PageTable:
         if self.prefix_cache is None or request.wants_prompt_logprobs:
-            return []
+            return self.pages.find(())
         request.update_page_keys(self.page_size)
         # The last token is always computed: its logits are wanted.
-        return self.prefix_cache.find(request.page_keys[: (len(request.token_ids) - 1) // self.page_size])
+        return self.pages.find(request.page_keys[: (len(request.token_ids) - 1) // self.page_size])
 
     def _start(self, request: Request, plan: StepPlan) -> None:
-        hits = self._find_prefix(request)
-        for page in hits:
-            self.pool.share(page)
-        request.pages = hits
-        request.num_computed = len(hits) * self.page_size
-        request.num_pages_cached = len(hits)
+        request.table = self._find_prefix(request)
+        self.pages.share(request.table)
+        request.num_computed = request.table.num_cached * self.page_size
         if self.prefix_cache is not None and request.num_preemptions == 0:
             self.prefix_cache.queries += request.num_prompt_tokens
             self.prefix_cache.hits += request.num_computed
             request.num_cached_tokens = request.num_computed
-        reserved = self._reserve(request, len(request.token_ids), plan)
+        num_tokens = self._chunk(request, plan, num_behind=0)
+        reserved = self._reserve(request, num_tokens, plan)
         assert reserved, "_fits has counted the pages"
         self.waiting.remove(request)
         self._run(request)
-        self._add_row(request, self._chunk(request, plan, num_behind=0), plan)
+        self._add_row(request, num_tokens, plan)
         # Whoever starts behind it, in this very step, may read what it writes: in each layer, writing comes before attention.
         self.record_computed_pages(request)

@@ -1,9 +1,11 @@
-"""Slots: the places in the batch, what each free one's page table still holds on the device, and which go on as copies of
+"""Slots: the places in the batch, what each free one's page tables still hold on the device, and which go on as copies of
 others: a recurrent state lives in its request's slot. Knows no requests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from jaxserve.page_table import PageTable
 
 
 class Slots:
@@ -11,24 +13,26 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))[::-1]
-        self._tables: list[list[int]] = [[] for _ in range(count)]
+        self._tables: list[list[list[int]]] = [[] for _ in range(count)]  # of each slot, by columns
         self._fork_of: dict[int, int] = {}  # those not copied yet
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, pages: Sequence[int]) -> tuple[int, int]:
-        """A free slot, and how many of these pages its table on the device begins with already."""
+    def take(self, table: PageTable) -> int:
+        """A free slot; notes how much of the table the device has there already."""
         slot = self._free.pop()
-        table = self._tables[slot]
-        same = (i for i, (a, b) in enumerate(zip(pages, table, strict=False)) if a != b)
-        return slot, next(same, min(len(pages), len(table)))
+        for column, there in zip(table.columns, self._tables[slot], strict=False):
+            entries = range(column.num_passed, min(len(column.pages), len(there)))
+            differs = (i for i in entries if column.pages[i] != there[i])
+            column.num_sent = next(differs, max(entries.stop, column.num_passed))
+        return slot
 
-    def give_back(self, slot: int, table: list[int]) -> None:
-        """Frees a slot whose table on the device holds these pages."""
+    def give_back(self, slot: int, table: PageTable) -> None:
+        """Frees a slot with what the device has of the table."""
         self._free.append(slot)
-        self._tables[slot] = table
+        self._tables[slot] = [column.pages[: column.num_sent] for column in table.columns]
         self._fork_of.pop(slot, None)
 
     def fork(self, source: int, target: int) -> None:

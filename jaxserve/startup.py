@@ -22,12 +22,13 @@ from jax.sharding import Mesh
 from jaxserve.absent_tpu import quiet_libtpu
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
-from jaxserve.config import GIB, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
-from jaxserve.limits import Limits, common_window
+from jaxserve.limits import Limits
 from jaxserve.metrics import Observer
 from jaxserve.model_defaults import default_sampling, eos_token_ids, load_tokenizer
+from jaxserve.models.cache_layout import CacheLayout, group_layers
 from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.loading import (
     ModelDescription,
@@ -40,13 +41,14 @@ from jaxserve.models.loading import (
 from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
-from jaxserve.pool_size import fit_model_len, num_pages, state_bytes
+from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import ProgramInputs, ProgramReport, Programs, Progress, compile_programs
 from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
+from jaxserve.summary import summary_of
 from jaxserve.trace_cache import TraceCache
 from jaxserve.weight_store import WeightStore
 
@@ -85,6 +87,11 @@ class Build:
         return not all(isinstance(spec, StateSpec) for spec in self.model.cache_specs)
 
     @property
+    def layout(self) -> CacheLayout:
+        assert self.runtime.layout is not None
+        return self.runtime.layout
+
+    @property
     def page_size(self) -> int:
         """Tokens a page holds. Where pages hold nothing, a request has one, so that they bind nobody and cost no tables."""
         assert self.config.cache.block_size is not None and self.config.model.max_model_len is not None
@@ -96,7 +103,7 @@ class Build:
 
     @property
     def page_bytes(self) -> int:
-        return page_bytes(self.model.cache_specs, self.page_size, self.kv_dtype, self.shardings)
+        return page_bytes(self.layout.arrays, self.page_size, self.kv_dtype, self.shardings)
 
     @property
     def pages_per_slot(self) -> int:
@@ -106,15 +113,14 @@ class Build:
     def buckets(self) -> Buckets:
         limits = self.config.scheduler
         assert limits.max_num_seqs is not None and limits.max_num_batched_tokens is not None
-        return choose_buckets(
-            self.runtime.platform, limits.max_num_seqs, limits.max_num_batched_tokens, self.pages_per_slot, self.page_size
-        )
+        sizes = limits.max_num_seqs, limits.max_num_batched_tokens, self.pages_per_slot, self.page_size
+        return choose_buckets(self.runtime.platform, *sizes, self.layout.reaches)
 
     def inputs(self) -> ProgramInputs:
         assert self.config.scheduler.max_num_seqs is not None
         slots = self.config.scheduler.max_num_seqs
         state = abstract_state(
-            self.model.cache_specs,
+            self.layout.arrays,
             self.num_pages,
             self.page_size,
             slots,
@@ -122,12 +128,13 @@ class Build:
             self.dtype,
             self.shardings,
             kv_dtype=self.kv_dtype,
+            num_tables=self.layout.num_tables,
         )
         weights = tuple(
             jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
             for w, axes in zip(self.model.abstract, self.model.logical_axes, strict=True)
         )
-        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.model.cache_specs)
+        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.layout.arrays)
 
     def compile(self, on_progress: Progress | None) -> Programs:
         # Programs for devices that are not there are compiled to see what each takes: not more at once than there are cores.
@@ -248,7 +255,7 @@ def _build_replica(
         weights=store,
         eos_token_ids=eos_token_ids(source, tokenizer),
         default_sampling=default_sampling(build.config, source),
-        description=_summary(build, programs),
+        description=summary_of(build, len(programs)),
         observer=observer,
     )
 
@@ -274,7 +281,9 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     _check_quantization(config, source, model)
     resolved = config.resolve(platform, model.max_model_len)
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
-    return Build(resolved, model, Runtime(platform, mesh, attention), Shardings(mesh, attention), dtype)
+    assert resolved.model.max_model_len is not None
+    layout = group_layers(model.cache_specs, resolved.model.max_model_len)
+    return Build(resolved, model, Runtime(platform, mesh, attention, layout), Shardings(mesh, attention), dtype)
 
 
 def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelDescription) -> None:
@@ -293,45 +302,16 @@ def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelD
         )
 
 
-def _matmuls(model: ModelDescription) -> str:
-    """How many of the layers' matmuls are in 8 bits."""
-    forms = [parameter.form != "plain" for parameter in model.parameters if parameter.contract is not None]
-    return f", {sum(forms)} of {len(forms)} matmuls with weights of 8 bits" if any(forms) else ""
-
-
 def _scheduler(build: Build) -> Scheduler:
     buckets = build.buckets()
     limits = Limits(
         max_num_seqs=buckets.max_num_seqs,
         max_num_batched_tokens=buckets.tokens[-1],
         max_page_updates=buckets.max_page_updates,
-        window=common_window(build.model.cache_specs),
         token_sizes=buckets.tokens,
     )
     pool = PagePool(build.num_pages)
     # A page alone cannot be gone on from where layers also keep a state.
-    cache = PrefixCache(pool) if build.config.cache.enable_prefix_caching and not build.has_states else None
-    return Scheduler(limits, pool, build.page_size, cache)
-
-
-def _summary(build: Build, programs: Programs) -> dict[str, str]:
-    """What start-up prints."""
-    config, mesh = build.config, build.shardings.mesh
-    tokens = build.num_pages * build.page_size
-    assert config.model.max_model_len is not None
-    states = {
-        "recurrent states": f"{config.scheduler.max_num_seqs} requests, {state_bytes(build) / GIB:.2f} GiB a device",
-        "prefix cache": "off: this model keeps a recurrent state, which pages do not hold",
-    }
-    return {
-        "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
-        "dtype": build.dtype.name + _matmuls(build.model),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-        "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
-        "KV pool": f"{build.num_pages:,} pages of {build.page_size} tokens = {tokens:,} tokens, "
-        f"{build.num_pages * build.page_bytes / GIB:.2f} GiB a device, {build.kv_dtype.name}",
-        "max concurrency": f"{config.scheduler.max_num_seqs} requests; {tokens / config.model.max_model_len:.1f} "
-        f"of the full {config.model.max_model_len:,} tokens",
-        **(states if build.has_states else {}),
-        "programs": str(len(programs)),
-    }
+    caches = build.config.cache.enable_prefix_caching and not build.has_states
+    cache = PrefixCache(pool, build.layout.num_tables) if caches else None
+    return Scheduler(limits, pool, build.page_size, cache, build.layout.reaches)

@@ -28,11 +28,11 @@ class DeviceState:
 
     Attributes:
         caches: one for each of the model's cache specs: pages, whose layout belongs to the kernels, or states by slot.
-        page_tables: [slots, pages of the longest request].
+        page_tables: [slots, pages of the longest request]; with several columns a table, those of all slots one after the other.
     """
 
     caches: tuple[Array, ...]
-    page_tables: Int[Array, "slots pages"]
+    page_tables: Int[Array, "tables pages"]
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ class PlanRow:
         start: position of the first token computed.
         samples: the requests that get a token sampled from the row's last logits: the request itself, and those that fork
             from it; none while the prompt is not computed to its end.
-        new_pages: index of the first page that the device's table does not know yet.
+        new_entries: of its page table, by columns: those that the device does not know yet.
         num_targets: how many of the row's tokens are prompt tokens whose next token's log probability is wanted.
     """
 
@@ -24,7 +24,7 @@ class PlanRow:
     start: int
     num_tokens: int
     samples: list[Request]
-    new_pages: int
+    new_entries: list[range]
     num_targets: int
 
 
@@ -48,7 +48,7 @@ class StepPlan:
 
     Attributes:
         decodes: requests that just go on: each computes its newest token, and gets the next one sampled.
-        grown: those of them that have got one more page.
+        grown: those of them that have got one more page (in each column of their tables).
         rows: all other requests of the step.
         placed: requests that have just got their slot.
         token_budget: what num_tokens may come to.
@@ -103,8 +103,7 @@ class StepPlan:
             self._unsample(request)
         if request in self.grown:
             self.grown.remove(request)
-            self.num_page_updates -= 1
-            request.num_pages_sent -= 1
+            self._unsend(request, request.table.last_entries)
         for row in list(self.rows):
             if request in row.samples:
                 row.samples.remove(request)
@@ -114,9 +113,12 @@ class StepPlan:
                 self.rows.remove(row)
                 self.num_tokens -= row.num_tokens
                 self.num_samples -= row.num_targets
-                self.num_page_updates -= request.num_pages_sent - row.new_pages
-                request.num_pages_sent = row.new_pages
+                self._unsend(request, row.new_entries)
                 request.num_computed = row.start
+
+    def _unsend(self, request: Request, entries: list[range]) -> None:
+        self.num_page_updates -= sum(map(len, entries))
+        request.table.unsend(entries)
 
     def _unsample(self, request: Request) -> None:
         self.num_samples -= 1

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxserve.models.cache_layout import CachePlace, one_table
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
@@ -183,20 +184,24 @@ class Decoder(nnx.Module):
         """Runs the step's tokens through every layer.
 
         Args:
-            caches: one for each of cache_specs(), in its order.
+            caches: the arrays of runtime.layout; where there is none, one for each of cache_specs(), in its order.
 
         Returns:
             float32 logits of batch.logit_rows, and the caches with this step's tokens.
         """
         x = embedded = self._embed(batch)
         rotations = self._rotations(batch)
-        remaining, new_caches = iter(caches), []
+        layout = runtime.layout or one_table(self.cache_specs())
+        arrays, remaining = list(caches), iter(layout.places)
         for layer, layer_spec in zip(self.layers, self.spec.layers, strict=True):
-            own = tuple(islice(remaining, len(layer.cache_specs())))
+            places = tuple(islice(remaining, len(layer.cache_specs())))
+            own = tuple(arrays[place.array] for place in places)
             shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
-            x, own = _run_layer(*nnx.split(layer), x, own, batch, rotations[layer_spec.rope], runtime, *shared)
-            new_caches += own
-        return self._logits(jnp.take(x, batch.logit_rows, axis=0, mode="clip")), tuple(new_caches)
+            layer_batch = batch.with_table(_table_of(places))
+            x, own = _run_layer(*nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime, *shared)
+            for place, cache in zip(places, own, strict=True):
+                arrays[place.array] = cache
+        return self._logits(jnp.take(x, batch.logit_rows, axis=0, mode="clip")), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layers keep."""
@@ -236,6 +241,12 @@ class Decoder(nnx.Module):
         if self.spec.logit_softcap is not None:
             logits = self.spec.logit_softcap * jnp.tanh(logits / self.spec.logit_softcap)
         return logits
+
+
+def _table_of(places: tuple[CachePlace, ...]) -> int:
+    tables = {place.table for place in places if place.table is not None}
+    assert len(tables) < 2, f"a layer's pages are in one table; got {places}"
+    return tables.pop() if tables else 0
 
 
 def abstract_decoder(spec: DecoderSpec, dtype: DTypeLike) -> Decoder:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,10 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.models.cache_layout import CacheLayout
+from jaxserve.models.cache_spec import AnyCacheSpec, CacheKind, CacheSpec, StateSpec
 from jaxserve.pallas_kernels import paged_attention as kernels
+
+__all__ = [
+    "MODEL_AXIS",
+    "AnyCacheSpec",
+    "CacheKind",
+    "CacheSpec",
+    "LogicalAxes",
+    "PagePlaces",
+    "Runtime",
+    "ShardingFor",
+    "StateSpec",
+    "StepBatch",
+]
 
 LogicalAxes = tuple[str | None, ...]
 """One name for each dimension of a parameter; sharding.py maps names to mesh axes.
@@ -27,6 +40,15 @@ ShardingFor = Callable[[LogicalAxes, tuple[int, ...]], Sharding]
 """Gives the sharding of an array from its logical axes and its shape; handed to the loaders, which know no mesh."""
 
 MODEL_AXIS = "model"  # the one mesh axis: tensor and expert parallelism
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagePlaces:
+    """Where one page table leads; fields as in StepBatch."""
+
+    page_tables: Int[Array, "B pages"]
+    write_slots: Int[Array, " T"]
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +70,7 @@ class StepBatch:
         num_single_rows: [], how many leading rows have exactly one token.
         slots: [B], where each row's request keeps its state; past the pool for padding rows.
         logit_rows: [S], which tokens' logits are wanted.
+        other_tables: where requests have several page tables, the others than this first one.
     """
 
     token_ids: Int[Array, " T"]
@@ -59,6 +82,14 @@ class StepBatch:
     num_single_rows: Int[Array, ""]
     slots: Int[Array, " B"]
     logit_rows: Int[Array, " S"]
+    other_tables: tuple[PagePlaces, ...] = ()
+
+    def with_table(self, table: int) -> StepBatch:
+        """What a layer receives whose pages are in one of the tables."""
+        if table == 0:
+            return replace(self, other_tables=())
+        other = self.other_tables[table - 1]
+        return replace(self, page_tables=other.page_tables, write_slots=other.write_slots, other_tables=())
 
     @property
     def is_decode(self) -> bool:
@@ -71,59 +102,6 @@ class StepBatch:
         return self.kv_lens == self.query_start[1:] - self.query_start[:-1]
 
 
-CacheKind = Literal["full", "sliding", "chunked", "latent"]
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What one layer keeps for each token.
-
-    Attributes:
-        kind: keys and values of all tokens; of a sliding window (further back is never read); of the token's own chunk; or
-            one latent row that is key and value of all heads.
-        num_kv_heads, head_dim: of keys and values; a latent row is one head's.
-        window: keys that a token sees, itself included; the chunk's length; None for all.
-    """
-
-    kind: CacheKind
-    num_kv_heads: int
-    head_dim: int
-    window: int | None = None
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether heads spread over devices; otherwise each device holds all of it."""
-        return self.kind != "latent"
-
-    def page_values(self, page_size: int, implementation: kernels.Implementation) -> int:
-        """Numbers that a page holds."""
-        return math.prod(self.pages_shape(1, page_size, implementation))
-
-    def pages_shape(self, num_pages: int, page_size: int, implementation: kernels.Implementation) -> tuple[int, int, int, int]:
-        """Shape of the layer's pool, as the attention kernel lays it out."""
-        is_latent = self.kind == "latent"
-        heads = 1 if is_latent else self.num_kv_heads
-        return kernels.pages_shape(num_pages, page_size, heads, self.head_dim, implementation, is_latent=is_latent)
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """What one layer keeps for each request, however long its text: a state that every token changes.
-
-    Attributes:
-        shape: of one request's state.
-        axes: of its dimensions.
-        dtype: None for the model's. A state that sums over a whole text wants float32.
-    """
-
-    shape: tuple[int, ...]
-    axes: LogicalAxes
-    dtype: DTypeLike | None = None
-
-
-AnyCacheSpec = CacheSpec | StateSpec
-
-
 @dataclass(frozen=True)
 class Runtime:
     """Where the step runs: chosen once, static at trace time.
@@ -132,11 +110,13 @@ class Runtime:
         platform: "cpu", "gpu" or "tpu", the compile target; never asked of jax.devices() at trace time.
         mesh: the devices; kernels run under shard_map over its `model` axis.
         attention: the attention kernel's back end.
+        layout: of the caches; None where each layer has its own array, and all one page table.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
     mesh: Mesh | None = None
     attention: kernels.Implementation = "xla"
+    layout: CacheLayout | None = None
 
     def write_kv(
         self,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import step
+from jaxserve.models.cache_layout import group_layers
 from jaxserve.models.description import ModelDescription
 from jaxserve.models.interface import Runtime
 from jaxserve.plan import PlanBuffer, PlanShape
@@ -28,7 +29,7 @@ def paged_logits(
 ) -> np.ndarray:
     """Logits [B, n, V] of tokens [B, n], all rows in step: chunks of `chunk`, the last `num_decoded` one by one.
 
-    Rows' pages are interleaved and out of order in the pool.
+    Rows' pages are interleaved and out of order in the pool; layers are in groups, as the engine has them.
 
     Args:
         decode_alone: single tokens run in programs of their own size; otherwise in those of the chunks, as beside a prefill.
@@ -37,19 +38,22 @@ def paged_logits(
     mesh = make_mesh(devices)
     shardings = Shardings(mesh)
     pages = -(-length // PAGE)
-    abstract = abstract_state(model.cache_specs, pages * num_rows + 1, PAGE, num_rows, pages, model.abstract[0].dtype, shardings)
+    layout = group_layers(model.cache_specs, length)
+    entries = layout.num_tables * num_rows * pages
+    sizes = entries + 1, PAGE, num_rows, pages
+    abstract = abstract_state(layout.arrays, *sizes, model.abstract[0].dtype, shardings, num_tables=layout.num_tables)
     state = jax.tree.map(
         lambda x: jax.device_put(jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), x.sharding),
         abstract,
     )
     last_tokens = jax.device_put(jnp.zeros(num_rows, jnp.int32), shardings.replicated)
-    ids = np.random.default_rng(0).permutation(pages * num_rows).reshape(num_rows, pages)
+    ids = np.random.default_rng(0).permutation(entries)
 
     def forward(state: step.DeviceState, packed: np.ndarray, shape: PlanShape) -> tuple:
         """Not one program: each kind of layer is compiled once, by itself, which costs a third of compiling all of them."""
         return step.forward(
             weights, state, last_tokens, jnp.asarray(packed),
-            apply_model=model.apply, runtime=Runtime("cpu", mesh), shape=shape, page_size=PAGE,
+            apply_model=model.apply, runtime=Runtime("cpu", mesh, layout=layout), shape=shape, page_size=PAGE,
         )  # fmt: skip
 
     logits = np.zeros((num_rows, length, model.vocab_size), np.float32)
@@ -57,15 +61,15 @@ def paged_logits(
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         count = end - start
         width = num_rows * (1 if count == 1 and decode_alone else max(chunk, 16))
-        buffer = PlanBuffer(PlanShape(width, num_rows, width, pages * num_rows), num_rows)
+        buffer = PlanBuffer(PlanShape(width, num_rows, width, entries), num_rows)
         buffer.num_single_rows[0] = num_rows if count == 1 else 0
         buffer.token_ids[: num_rows * count] = tokens[:, start:end].ravel()
         buffer.row_slot[:] = range(num_rows)
         buffer.row_position[:] = start
         buffer.row_tokens[:] = count
         if start == 0:
-            buffer.page_index[:] = range(pages * num_rows)
-            buffer.page_id[:] = ids.ravel()
+            buffer.page_index[:] = range(entries)
+            buffer.page_id[:] = ids
         buffer.logit_rows[: num_rows * count] = range(num_rows * count)
         state, out = forward(state, buffer.packed, buffer.shape)
         logits[:, start:end] = np.asarray(out.logits)[: num_rows * count].reshape(num_rows, count, -1)

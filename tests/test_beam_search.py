@@ -194,7 +194,7 @@ def test_beams_share_their_pages() -> None:
     for _ in steps(engine):
         if len(engine.scheduler.running) == 6:
             held.append(engine.scheduler.pool.num_held)
-            without.append(sum(len(r.pages) for r in engine.scheduler.running))
+            without.append(sum(len(list(r.table.held)) for r in engine.scheduler.running))
     assert len(held) > 30
     assert all(h <= w - 5 * 6 for h, w in zip(held, without, strict=True))
     assert max(without) == 6 * 9  # 136 tokens

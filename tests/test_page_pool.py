@@ -53,14 +53,15 @@ def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
     pages = [pool.allocate(), pool.allocate()]
     cache.add(first, pages[0])
     cache.add(second, pages[1])
-    assert cache.find([first, second, b"other"]) == pages
-    assert cache.find([b"other", second]) == []
+    assert cache.num_found([first, second, b"other"]) == 2
+    assert [cache.page(key) for key in (first, second, b"other")] == [*pages, None]
+    assert cache.num_found([b"other", second]) == 0
     for page in reversed(pages):
         pool.release(page, keep=page in cache)
-    assert cache.find([first, second]) == pages
+    assert cache.num_found([first, second]) == 2
     pool.share(pages[0])  # a hit takes the free page back
     assert pool.allocate() == pages[1]
-    assert cache.find([first, second]) == pages[:1]
+    assert cache.num_found([first, second]) == 1
     cache.check_integrity()
 
 

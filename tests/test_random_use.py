@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxserve.engine import Engine
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from tests.tiny import VOCAB, assert_greedy, greedy, run, tiny_engine
+from tests.tiny import VOCAB, assert_greedy, check_integrity, greedy, run, tiny_engine
 
 SHARED = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()  # prompts begin alike, so that pages are shared
 
@@ -90,7 +90,7 @@ class User:
         for _ in range(count):
             for output in self.engine.step():
                 self._look_at(output)
-            self.engine.check_integrity()
+            check_integrity(self.engine)
 
     def _look_at(self, output: RequestOutput) -> None:
         request_id = output.request_id
@@ -125,13 +125,19 @@ class User:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 24, "page_size": 32, "num_pages": 8}, {"window": 24, "all_windowed": True}, {"recurrent": True}],
+    [
+        {},
+        {"window": 24, "page_size": 32, "num_pages": 12},
+        {"window": 24, "hybrid": True, "num_pages": 40},
+        {"window": 24, "all_windowed": True},
+        {"recurrent": True},
+    ],
     ids=str,
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=30), num_pages=st.sampled_from([17, 40]), rows=st.sampled_from([2, 8]))
 def test_every_request_ends_exactly_once(options: dict[str, Any], actions: list[Any], num_pages: int, rows: int) -> None:
-    """A pool of 17 pages holds one request of the greatest length: most of these runs preempt."""
+    """A pool of 17 pages (more, where given) holds one request of the greatest length: most of these runs preempt."""
     engine = tiny_engine(**{"num_pages": num_pages, "max_num_seqs": rows, "scheduling_policy": "priority"} | options)
     user = User(engine)
     for name, *args in actions:
@@ -139,4 +145,4 @@ def test_every_request_ends_exactly_once(options: dict[str, Any], actions: list[
     while engine.has_work:
         user.step(1)
     assert not engine.scheduler.pool.num_held and not run(engine)
-    user.check(**{name: value for name, value in options.items() if name in ("window", "all_windowed", "recurrent")})
+    user.check(**{name: value for name, value in options.items() if name in ("window", "all_windowed", "recurrent", "hybrid")})

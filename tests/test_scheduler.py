@@ -44,13 +44,13 @@ def test_the_copy_of_a_preempted_request_is_forgotten() -> None:
     scheduler.running.reverse()  # the one that will be preempted takes the last free page, for its copy
     fork(scheduler, last, 3)
     fork(scheduler, first, 2)
-    shared = first.pages[1]
+    shared = first.table.columns[0].pages[1]
     plan = scheduler.schedule()
     assert plan is not None
-    assert last.status is Status.WAITING and not last.pages
+    assert last.status is Status.WAITING and not last.table.columns
     assert [source for source, _ in plan.page_copies] == [shared]
     assert len(plan.rows) == plan.num_tokens == plan.num_samples == 3
-    assert plan.num_page_updates == sum(len(r.request.pages) - r.new_pages for r in plan.rows)
+    assert plan.num_page_updates == sum(len(entries) for r in plan.rows for entries in r.new_entries)
     scheduler.check_integrity()
 
 
@@ -77,12 +77,12 @@ def test_a_slot_keeps_its_table() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     row = next(row for row in plan.rows if row.request is sibling)
-    assert row.new_pages == 0  # nothing is known of a fresh slot
+    assert [entries.start for entries in row.new_entries] == [0]  # nothing is known of a fresh slot
     scheduler.finish(sibling)
-    assert fork(scheduler, parent, 4).num_pages_sent == 1
+    assert fork(scheduler, parent, 4).table.columns[0].num_sent == 1
     scheduler.reset()
     assert scheduler.schedule() is not None
-    assert fork(scheduler, parent, 5).num_pages_sent == 0
+    assert fork(scheduler, parent, 5).table.columns[0].num_sent == 0
 
 
 def test_a_step_is_cut_to_a_program_that_it_fills() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.page_table import PageTable
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.slots import Slots
 from jaxserve.startup import build_engine
@@ -146,7 +147,7 @@ def test_copies_of_copies_and_of_slots_given_back() -> None:
     slots.fork(0, 1)
     slots.fork(1, 2)  # slot 1 holds nothing yet
     slots.fork(0, 3)
-    slots.give_back(3, [])
+    slots.give_back(3, PageTable())
     forks = slots.take_forks()
     assert sorted(forks) == [(0, 1), (0, 2)]
     slots.fork(4, 1)

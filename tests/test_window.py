@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.engine import Engine
-from jaxserve.limits import common_window
-from jaxserve.models.interface import CacheSpec, StateSpec
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from tests.tiny import assert_greedy, greedy, random_prompts, run, tiny_engine
 
@@ -49,19 +47,9 @@ def test_a_prompt_in_chunks_leaves_its_beginning() -> None:
     while not (outputs := engine.step()):
         held.append(engine.scheduler.pool.num_held)
         engine.check_integrity()
-    assert held[0] == 13 and held[6] < 6
+    assert held[0] == 2 and max(held) < 6
     assert_greedy(prompt, outputs[0].outputs[0].token_ids, WINDOW, all_windowed=True)
     assert outputs[0].request_id == request_id
-
-
-def test_one_layer_that_sees_everything_keeps_everything() -> None:
-    engine = tiny_engine(window=WINDOW, page_size=32)
-    engine.add_request([1, 2, 3], greedy(200))
-    most = 0
-    while engine.has_work:
-        engine.step()
-        most = max(most, engine.scheduler.pool.num_held)
-    assert most == 7
 
 
 @pytest.mark.parametrize("num_pages", [64, 17])
@@ -81,11 +69,3 @@ def test_samples_prefix_hits_and_preemption(num_pages: int) -> None:
         assert [[o.token_ids for o in outputs[i].outputs] for i in ids] == want
         if attempt and num_pages == 64:
             assert all(outputs[i].num_cached_tokens for i in ids)
-
-
-def test_common_window() -> None:
-    full, near, far = CacheSpec("full", 2, 8), CacheSpec("sliding", 2, 8, 24), CacheSpec("sliding", 2, 8, 64)
-    state = StateSpec((4,), (None,))
-    assert common_window([near, far, state]) == 64
-    assert common_window([near, full]) is None
-    assert common_window([state]) is None

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
-from jaxserve.limits import Limits, common_window
+from jaxserve.limits import Limits
+from jaxserve.models.cache_layout import CacheLayout, group_layers
 from jaxserve.models.decoder import abstract_decoder
 from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import Runtime, StateSpec, StepBatch
@@ -32,15 +33,24 @@ from jaxserve.sharding import Shardings, make_mesh
 from jaxserve.weight_store import WeightStore
 
 VOCAB = 96
+CHUNK = 40  # positions, of the hybrid's chunked layer
 
 
-def tiny_spec(window: int | None = None, recurrent: bool = False, all_windowed: bool = False) -> DecoderSpec:
-    """Two layers of attention, the second with a window, or both; recurrent: one between two that keep a state."""
+def tiny_spec(
+    window: int | None = None, recurrent: bool = False, all_windowed: bool = False, hybrid: bool = False
+) -> DecoderSpec:
+    """Two layers of attention, the second with a window, or both; recurrent: one between two that keep a state.
+
+    hybrid: three layers with the window, one that sees everything and one that sees chunks.
+    """
     mixer = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(theta=1e4, rotary_dim=16))
     layers = [LayerSpec(mixer=mixer, mlp=MlpSpec(dim=48, activation="silu"))]
     layers.append(LayerSpec(mixer=AttentionSpec(**(vars(mixer) | {"window": window})), mlp=layers[0].mlp))
     if all_windowed:
         layers[0] = layers[1]
+    if hybrid:
+        chunked = LayerSpec(mixer=AttentionSpec(**(vars(mixer) | {"chunk": CHUNK})), mlp=layers[0].mlp)
+        layers = [layers[1], layers[0], layers[1], chunked, layers[1]]
     if recurrent:
         state = MambaSpec(dim=48, state_dim=4, dt_rank=3, conv_kernel=4, activation="silu")
         layers = [LayerSpec(mixer=state, mlp=None), layers[0], LayerSpec(mixer=state, mlp=layers[0].mlp)]
@@ -78,12 +88,13 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first five need programs of their own; the others are the host's own business."""
+    """The first six need programs of their own; the others are the host's own business."""
 
     page_size: int = 16
     window: int | None = None
     recurrent: bool = False
     all_windowed: bool = False
+    hybrid: bool = False
     num_slots: int = NUM_SLOTS
     num_pages: int = NUM_PAGES
     max_num_seqs: int = 4
@@ -95,37 +106,36 @@ class TinyOptions:
 
 @cache
 def _programs(
-    page_size: int, window: int | None, recurrent: bool, all_windowed: bool, slots: int
-) -> tuple[Buckets, ProgramInputs, Programs, Any]:
-    spec = tiny_spec(window, recurrent, all_windowed)
+    page_size: int, window: int | None, recurrent: bool, all_windowed: bool, hybrid: bool, slots: int
+) -> tuple[Buckets, ProgramInputs, Programs, CacheLayout, Any]:
+    spec = tiny_spec(window, recurrent, all_windowed, hybrid)
     apply, weights = tiny_weights(spec)
     mesh = make_mesh(1)
     shardings = Shardings(mesh)
     pages_per_slot = MAX_MODEL_LEN // page_size
-    buckets = choose_buckets("cpu", slots, max(NUM_TOKENS, 2 * slots), pages_per_slot, page_size)
-    specs = abstract_decoder(spec, jnp.float32).cache_specs()
-    state = abstract_state(
-        specs, NUM_PAGES * slots // NUM_SLOTS, page_size, slots, pages_per_slot, jnp.dtype("float32"), shardings
-    )
+    layout = group_layers(abstract_decoder(spec, jnp.float32).cache_specs(), MAX_MODEL_LEN, max_tables=4)
+    buckets = choose_buckets("cpu", slots, max(NUM_TOKENS, 2 * slots), pages_per_slot, page_size, layout.reaches)
+    sizes = NUM_PAGES * layout.num_tables * slots // NUM_SLOTS, page_size, slots, pages_per_slot
+    state = abstract_state(layout.arrays, *sizes, jnp.dtype("float32"), shardings, num_tables=layout.num_tables)
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
-    inputs = ProgramInputs(abstract, state, slots, VOCAB, buckets, shardings, specs)
-    return buckets, inputs, compile_programs(inputs, apply, Runtime("cpu", mesh), threads=2), placed
+    inputs = ProgramInputs(abstract, state, slots, VOCAB, buckets, shardings, layout.arrays)
+    runtime = Runtime("cpu", mesh, layout=layout)
+    return buckets, inputs, compile_programs(inputs, apply, runtime, threads=2), layout, placed
 
 
 def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> Engine:
     """An engine; equal options share their compiled programs."""
     options = TinyOptions(**changes)
-    buckets, inputs, programs, weights = _programs(
-        options.page_size, options.window, options.recurrent, options.all_windowed, options.num_slots
-    )
-    spec = tiny_spec(options.window, options.recurrent, options.all_windowed)
+    model = options.window, options.recurrent, options.all_windowed, options.hybrid
+    buckets, inputs, programs, layout, weights = _programs(options.page_size, *model, options.num_slots)
+    spec = tiny_spec(*model)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
     sizes = tuple(n for n in buckets.tokens if n <= options.max_num_batched_tokens)
-    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, common_window(inputs.cache_specs), sizes)
-    cache = PrefixCache(pool) if options.prefix_caching and not options.recurrent else None
-    scheduler = Scheduler(limits, pool, options.page_size, cache)
+    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, sizes)
+    cache = PrefixCache(pool, layout.num_tables) if options.prefix_caching and not options.recurrent else None
+    scheduler = Scheduler(limits, pool, options.page_size, cache, layout.reaches)
     config = EngineConfig.from_options(
         model="tiny", max_model_len=MAX_MODEL_LEN, seed=options.seed, scheduling_policy=options.scheduling_policy
     )
@@ -141,6 +151,18 @@ def with_limits(engine: Engine, **options: Any) -> Engine:
     return engine
 
 
+def check_integrity(engine: Engine) -> None:
+    """The host's books balance, and the device has the page tables that the host thinks it has."""
+    engine.check_integrity()
+    assert isinstance(engine.runner, Runner)
+    tables = np.asarray(engine.runner._state.page_tables)
+    slots = tables.shape[0] // len(engine.scheduler.pages.find(()).columns)
+    for request in engine.scheduler.running:
+        for number, column in enumerate(request.table.columns):
+            there = tables[number * slots + request.slot, column.num_passed : column.num_sent].tolist()
+            assert there == column.pages[column.num_passed : column.num_sent], f"table {number} of {request.group.request_id}"
+
+
 def run(engine: Engine, limit: int = 2000) -> dict[str, RequestOutput]:
     """Steps until nothing is left; the books must balance after every step."""
     finished = {}
@@ -151,7 +173,7 @@ def run(engine: Engine, limit: int = 2000) -> dict[str, RequestOutput]:
         for output in engine.step():
             if output.finished:
                 finished[output.request_id] = output
-        engine.check_integrity()
+        check_integrity(engine)
     raise AssertionError(f"requests are unfinished after {limit} steps")
 
 
@@ -167,11 +189,21 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 class DenseRuntime:
     """Stands in for Runtime: dense causal attention over the batch's own tokens, no pages."""
 
+    layout = None
+
     def write_kv(self, cache: jax.Array, k: jax.Array, v: jax.Array, batch: StepBatch) -> jax.Array:
         return jnp.stack([k, v])
 
     def attend(
-        self, q: jax.Array, kv: jax.Array, batch: StepBatch, *, scale: float, window: int | None, **others: None
+        self,
+        q: jax.Array,
+        kv: jax.Array,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None,
+        chunk: int | None,
+        **others: None,
     ) -> jax.Array:
         assert not any(others.values()), "tiny models have none of these"
         k, v = (jnp.repeat(x, q.shape[1] // kv.shape[2], axis=1) for x in kv)
@@ -180,6 +212,8 @@ class DenseRuntime:
         seen = t[None] <= t[:, None]
         if window is not None:
             seen &= t[None] > t[:, None] - window
+        if chunk is not None:
+            seen &= t[None] // chunk == t[:, None] // chunk
         return jnp.einsum("NTS,SNH->TNH", jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1), v)
 
 
@@ -200,13 +234,11 @@ def _dense(spec: DecoderSpec) -> Any:
     return logits
 
 
-def dense_logits(
-    token_ids: list[int], window: int | None = None, recurrent: bool = False, all_windowed: bool = False
-) -> np.ndarray:
+def dense_logits(token_ids: list[int], window: int | None = None, **model: bool) -> np.ndarray:
     """[len(token_ids), V]: the oracle's logits."""
     padded = np.zeros(256, np.int32)
     padded[: len(token_ids)] = token_ids
-    return np.asarray(_dense(tiny_spec(window, recurrent, all_windowed))(jnp.asarray(padded)))[: len(token_ids)]
+    return np.asarray(_dense(tiny_spec(window, **model))(jnp.asarray(padded)))[: len(token_ids)]
 
 
 def assert_greedy(prompt: list[int], output: list[int], window: int | None = None, near_tie: float = 1e-3, **model: bool) -> None:
@@ -221,4 +253,4 @@ def compiled_inputs() -> ProgramInputs:
 
 
 def compiled_programs() -> Programs:
-    return _programs(16, None, False, False, NUM_SLOTS)[2]
+    return _programs(16, None, False, False, False, NUM_SLOTS)[2]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.cache_layout import Reach
 from jaxserve.plan import PlanShape
 from jaxserve.step_plan import StepPlan
 
@@ -25,6 +26,7 @@ class CostModel:
         context_us: each token in the pool that a row's attention reads.
         pair_us: each pair of a prompt token and a token that it attends to.
         page_size, num_pages: of the pool.
+        windows: for each page table of a request, how many tokens the layers look back at (null: all of them).
         platform: whose programs are compiled ("gpu", "tpu" or "cpu"): it decides to which sizes steps are padded.
         max_num_seqs, max_num_batched_tokens, max_model_len, enable_prefix_caching: options of the engine.
     """
@@ -43,6 +45,11 @@ class CostModel:
     max_model_len: int
     platform: str = "gpu"
     enable_prefix_caching: bool = True
+    windows: tuple[int | None, ...] = (None,)
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        return tuple(map(Reach, self.windows))
 
     def step_s(self, plan: StepPlan, shape: PlanShape) -> float:
         """Seconds of a step that runs in a program of some shape."""
@@ -65,20 +72,26 @@ def read_cost(path: Path) -> CostModel:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the cost model {path}: {error}") from error
     kinds: dict[str, Any] = {f.name: f for f in fields(CostModel)}
-    optional = {"platform", "enable_prefix_caching"}
+    optional = {"platform", "enable_prefix_caching", "windows"}
     if not isinstance(found, dict) or not kinds.keys() - optional <= found.keys() <= kinds.keys():
         raise ConfigError(f"{path}: wanted a JSON object with the fields {', '.join(kinds)}")
     for name, value in found.items():
         _check(name, str(kinds[name].type), value, path)
-    return CostModel(**found)
+    return CostModel(**found | {"windows": tuple(found.get("windows", (None,)))})
 
 
 def _check(name: str, kind: str, value: Any, path: Path) -> None:
-    if kind == "int" and (type(value) is not int or value < 1):
+    if kind == "int" and not _is_count(value):
         raise ConfigError(f"{path}: {name} must be a whole number of at least 1; got {value!r}")
     if kind == "float" and (type(value) not in (int, float) or value < 0):
         raise ConfigError(f"{path}: {name} must be microseconds, 0 or more; got {value!r}")
     if kind == "bool" and type(value) is not bool:
         raise ConfigError(f"{path}: {name} must be true or false; got {value!r}")
+    if name == "windows" and not (isinstance(value, list) and value and all(w is None or _is_count(w) for w in value)):
+        raise ConfigError(f"{path}: windows must be a list of whole numbers of at least 1, or null; got {value!r}")
     if name == "platform" and value not in ("cpu", "gpu", "tpu"):
         raise ConfigError(f"{path}: platform must be cpu, gpu or tpu; got {value!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1

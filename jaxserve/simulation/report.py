@@ -90,7 +90,7 @@ class Recorder:
         page_size, pool = scheduler.page_size, scheduler.pool
         self.kv_use.append(pool.num_held / pool.num_pages)
         self.tokens_held += pool.num_held * page_size
-        self.tokens_wasted += sum(len(r.pages) * page_size - r.num_computed for r in scheduler.running)
+        self.tokens_wasted += sum(scheduler.pages.num_empty(r.table, r.num_computed) for r in scheduler.running)
 
     def report(self, seconds: float) -> Report:
         num_output = sum(stats.num_generation_tokens for stats in self.finished)

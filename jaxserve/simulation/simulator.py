@@ -93,10 +93,11 @@ def simulate(trace: Sequence[TraceRequest], cost: CostModel) -> Report:
 
 
 def _make_engine(cost: CostModel, clock: Clock, recorder: Recorder) -> Engine:
-    if cost.num_pages * cost.page_size < cost.max_model_len:
+    sizes = cost.max_model_len, cost.page_size, cost.max_num_batched_tokens
+    if (needed := sum(reach.max_pages(*sizes) for reach in cost.reaches)) > cost.num_pages:
         raise ConfigError(
-            f"the pool holds {cost.num_pages * cost.page_size:,} tokens, and max_model_len is {cost.max_model_len:,}; "
-            "lower it, or raise num_pages"
+            f"the pool has {cost.num_pages:,} pages, and a request of max_model_len ({cost.max_model_len:,} tokens) may need "
+            f"{needed:,}; lower it, or raise num_pages"
         )
     config = EngineConfig.from_options(
         model=cost.name,
@@ -106,11 +107,12 @@ def _make_engine(cost: CostModel, clock: Clock, recorder: Recorder) -> Engine:
         block_size=cost.page_size,
     ).resolve(cost.platform, cost.max_model_len)
     pages_per_slot = -(-cost.max_model_len // cost.page_size)
-    buckets = choose_buckets(cost.platform, cost.max_num_seqs, cost.max_num_batched_tokens, pages_per_slot, cost.page_size)
+    batch = cost.max_num_seqs, cost.max_num_batched_tokens
+    buckets = choose_buckets(cost.platform, *batch, pages_per_slot, cost.page_size, cost.reaches)
     pool = PagePool(cost.num_pages)
-    limits = Limits(cost.max_num_seqs, cost.max_num_batched_tokens, buckets.max_page_updates, token_sizes=buckets.tokens)
-    cache = PrefixCache(pool) if cost.enable_prefix_caching else None
-    scheduler = Scheduler(limits, pool, cost.page_size, cache)
+    limits = Limits(*batch, buckets.max_page_updates, token_sizes=buckets.tokens)
+    cache = PrefixCache(pool, len(cost.windows)) if cost.enable_prefix_caching else None
+    scheduler = Scheduler(limits, pool, cost.page_size, cache, cost.reaches)
     runner = SimulatedRunner(cost, buckets, clock, partial(recorder.on_dispatch, scheduler))
     return Engine(config, scheduler, runner, None, vocab_size=MAX_TOKEN_ID, observer=recorder, clock=clock)
 

@@ -75,6 +75,17 @@ def test_a_small_pool_preempts_and_all_end() -> None:
     assert report.total_tokens_per_s * report.seconds == pytest.approx(6 * 190)
 
 
+def test_windows_leave_room_for_others() -> None:
+    """Three tables of which two keep only windows of 64 tokens."""
+    trace = [request(0, 40, 150) for _ in range(6)]
+    held = {}
+    for windows in ((None,), (None, None, None), (None, 64, 64)):
+        report = simulate(trace, replace(STEPS_ONLY, num_pages=300, max_model_len=256, windows=windows))
+        assert (report.num_requests, report.preemptions) == (6, 0)
+        held[windows] = round(report.kv_use_peak * 300)
+    assert held == {(None,): 72, (None, None, None): 216, (None, 64, 64): 72 + 2 * 30}
+
+
 def test_the_same_trace_gives_the_same_report() -> None:
     trace, cost = read_trace(EXAMPLES / "example.jsonl")[:60], read_cost(EXAMPLES / "qwen3-0.6b_h100.json")
     assert asdict(simulate(trace, cost)) == asdict(simulate(trace, cost))
@@ -104,6 +115,8 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"num_pages": 0}, "num_pages must be a whole number"),
         ({"step_us": -1}, "step_us must be microseconds"),
         ({"platform": "abacus"}, "platform must be"),
+        ({"windows": [0]}, "windows must be a list"),
+        ({"windows": []}, "windows must be a list"),
         ({"speed": 1}, "with the fields"),
     ],
 )
@@ -119,7 +132,7 @@ def test_a_wrong_cost_model_is_refused(tmp_path: Path, change: dict[str, object]
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"2,000 tokens and gets 49 more.*2,048"):
         simulate([request(0, 2000, 49)], STEPS_ONLY)
-    with pytest.raises(ConfigError, match="the pool holds 160 tokens"):
+    with pytest.raises(ConfigError, match=r"the pool has 10 pages.*may need 128"):
         simulate([request(0, 10, 10)], replace(STEPS_ONLY, num_pages=10))
 
 

@@ -57,7 +57,7 @@ def check_step(build: Build, compiled: Any) -> None:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     caches = build.inputs().state.caches
     local = [x.sharding.shard_shape(x.shape) for x in caches]
-    pools = [shape for shape, spec in zip(local, build.model.cache_specs, strict=True) if not isinstance(spec, StateSpec)]
+    pools = [shape for shape, spec in zip(local, build.layout.arrays, strict=True) if not isinstance(spec, StateSpec)]
     held = build.num_pages * build.page_bytes
     assert memory.alias_size_in_bytes >= held, "the pool is not updated in place"
     assert memory.temp_size_in_bytes < held // len(pools), "a layer's pool may have been copied"
