@@ -249,7 +249,7 @@ def assert_greedy(prompt: list[int], output: list[int], window: int | None = Non
 
 
 def compiled_inputs() -> ProgramInputs:
-    return _programs(16, None, False, False, NUM_SLOTS)[1]
+    return _programs(16, None, False, False, False, NUM_SLOTS)[1]
 
 
 def compiled_programs() -> Programs:
