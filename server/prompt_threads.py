@@ -54,9 +54,9 @@ def limited[T](timeout_s: float, work: Callable[[], T]) -> T:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(own_id, ctypes.py_object(_TimeIsUpError))
 
     timer = threading.Timer(timeout_s, stop)
-    timer.start()
     try:
         try:
+            timer.start()
             return work()
         finally:
             timer.cancel()

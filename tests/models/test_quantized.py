@@ -124,8 +124,8 @@ def test_an_engine_serves_fp8_at_one_and_two_devices(checkpoint: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     texts = []
     for devices in (1, 2):
-        llm = LLM(str(checkpoint), quantization="fp8", kv_cache_dtype="fp8", tensor_parallel_size=devices, kv_cache_memory_bytes=2**20, max_model_len=64,
-                  max_num_seqs=4, max_num_batched_tokens=64, skip_tokenizer_init=True)  # fmt: skip
+        llm = LLM(str(checkpoint), quantization="fp8", kv_cache_dtype="fp8", tensor_parallel_size=devices, kv_cache_memory_bytes=2**20, max_model_len=32,
+                  max_num_seqs=1, max_num_batched_tokens=32, skip_tokenizer_init=True)  # fmt: skip
         outputs = llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}, {"prompt_token_ids": [9, 8, 7]}], params, use_tqdm=False)
         assert "float8_e4m3fn" in llm.engine.description["KV pool"]
         texts.append([o.outputs[0].token_ids for o in outputs])
