@@ -141,6 +141,8 @@ class KvPages:
 
     def has_passed(self, table: PageTable, position: int) -> bool:
         """Whether some page is read no more when the token at `position` is computed next."""
+        if not self._windowed:  # asked for each page of each request
+            return False
         return any(self._first_page(i, position) > table.columns[i].num_passed for i in self._windowed)
 
     def release_passed(self, table: PageTable, position: int) -> None:

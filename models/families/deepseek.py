@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.errors import ModelLoadError
@@ -71,10 +72,14 @@ def _deepseek_v2(config: HfConfig) -> DecoderSpec:
 
 def sigmoid_experts(config: HfConfig, num: int, num_shared: int) -> MoeSpec:
     """DeepSeek V3's (https://arxiv.org/abs/2412.19437): sigmoid scores, and a bias that balances the choice."""
+    return _grouped_experts(config, num, num_shared, RouterSpec(scores="sigmoid", choice_bias=True))
+
+
+def _grouped_experts(config: HfConfig, num: int, num_shared: int, router: RouterSpec) -> MoeSpec:
+    """Experts of the groups whose two best are the best; the router says how they are scored."""
     dim = config.moe_intermediate_size
-    router = RouterSpec(
-        scores="sigmoid",
-        choice_bias=True,
+    router = replace(
+        router,
         num_groups=config.n_group,
         top_groups=config.topk_group,
         group_score="best_two",
@@ -93,7 +98,7 @@ def _deepseek_v3(config: HfConfig) -> DecoderSpec:
 
 def _mistral4(config: HfConfig) -> DecoderSpec:
     """DeepSeek V3 with softmax scores, and q that grows with the position."""
-    parameters, dim = config.rope_parameters, config.moe_intermediate_size
+    parameters = config.rope_parameters
     own = ("llama_4_scaling_beta", "max_position_embeddings", "partial_rotary_factor")
     beta, length = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
     part = config.qk_rope_head_dim / (config.qk_nope_head_dim + config.qk_rope_head_dim)
@@ -104,16 +109,7 @@ def _mistral4(config: HfConfig) -> DecoderSpec:
         )
     interleaved, temperature = bool(config.rope_interleave), TemperatureSpec(scale=beta, length=length)
     mixer = latent_attention(config, interleaved, read_elsewhere=own, temperature=temperature)
-    router = RouterSpec(
-        num_groups=config.n_group,
-        top_groups=config.topk_group,
-        group_score="best_two",
-        normalize=bool(config.norm_topk_prob),
-        norm_eps=1e-20,
-        scale=float(config.routed_scaling_factor),
-    )
-    shared = mlp(config, dim * config.n_shared_experts)
-    block = experts(config, config.n_routed_experts, config.num_experts_per_tok, router, dim=dim, shared=shared)
+    block = _grouped_experts(config, config.n_routed_experts, config.n_shared_experts, RouterSpec())
     return decoder(config, rms(config), lambda i: mixer, _after_dense(config, block))
 
 
