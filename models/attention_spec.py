@@ -34,6 +34,7 @@ class AttentionSpec:
         qk_norm_after_rope: the order of the two.
         v_norm: normalises each head of v.
         v_from_k: the checkpoint has one projection for keys, before their norm, and values (Gemma 4).
+        value_multiplier: factor on v (MiMo V2).
         clip: q, k and v are kept within +-clip.
         qkv_bias: a bias on q, k and v.
         out_bias: a bias on the output projection.
@@ -61,6 +62,7 @@ class AttentionSpec:
     qk_norm_after_rope: bool = False
     v_norm: NormSpec | None = None
     v_from_k: bool = False
+    value_multiplier: float = 1.0
     clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -98,6 +100,11 @@ class AttentionSpec:
         """G of our arrays: query heads for each of their kv heads."""
         return self.num_heads // self.array_kv_heads
 
+    @property
+    def value_dim(self) -> int:
+        """Dimensions of a head's values."""
+        return self.head_dim
+
     def repeated(self, times: int) -> AttentionSpec:
         """This attention with each kv head held several times.
 
@@ -134,6 +141,52 @@ class DifferentialAttentionSpec(AttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BorrowingAttentionSpec(AttentionSpec):
+    """Attention to the keys and values of an earlier layer (Gemma 3n); what it says of keys and values is that layer's.
+
+    Attributes:
+        kv_from: number of that layer.
+    """
+
+    kv_from: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip is not None or self.temperature is not None or self.qk_norm_after_rope:
+            raise ValueError("attention to another layer's keys has no clip, no temperature and no norm after rope")
+
+    @property
+    def can_repeat(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowValueAttentionSpec(AttentionSpec):
+    """Attention whose values have fewer dimensions than its keys (MiMo V2).
+
+    Attributes:
+        narrow_dim: of a head's values.
+    """
+
+    narrow_dim: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.narrow_dim < self.head_dim:
+            raise ValueError(f"values must have from 1 to {self.head_dim - 1} dimensions; got {self.narrow_dim}")
+        if self.v_norm is not None or self.out_gate or self.out_norm is not None:
+            raise ValueError("attention with narrow values has no norm of values or of its output, and no gate")
+
+    @property
+    def can_repeat(self) -> bool:
+        return True
+
+    @property
+    def value_dim(self) -> int:
+        return self.narrow_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValueLogitAttentionSpec(AttentionSpec):
     """A key's score is raised by exp(A * softplus(projection of its value)), for each kv head apart (Doge)."""
 
@@ -159,7 +212,7 @@ class MlaSpec:
     rope_dim: int
     v_dim: int
     scale: float
-    rope: RopeSpec
+    rope: RopeSpec | None
     latent_norm: NormSpec
     bias: bool = False
     temperature: TemperatureSpec | None = None

@@ -13,19 +13,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.cache_layout import CachePlace, one_table
+from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
+from jaxserve.models.layers.altup import AltUp, Laurel, Streams
+from jaxserve.models.layers.layer_inputs import LayerInput, LayerInputs
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.moe import Moe
-from jaxserve.models.layers.norms import Norm
+from jaxserve.models.layers.norms import Norm, apply_norm
 from jaxserve.models.layers.positions import sinusoids
 from jaxserve.models.layers.rope import Rotation, rotation
 from jaxserve.models.layers.rwkv import ChannelMix
 from jaxserve.models.layers.shared_block import SharedBlock, SharedUse
 from jaxserve.models.recurrent_spec import ChannelMixSpec
-from jaxserve.models.spec import DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec, Shares
+from jaxserve.models.spec import BorrowingAttentionSpec, DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec, Shares
 
 
 class DecoderLayer(nnx.Module):
@@ -35,14 +37,17 @@ class DecoderLayer(nnx.Module):
         def norm(is_there: bool) -> Norm | None:
             return Norm(spec.d_model, spec.norm, dtype) if is_there else None
 
-        place = spec.norm_placement
+        place = layer.norm_placement or spec.norm_placement
         before, behind = place not in ("post", "after"), place in ("post", "sandwich", "after")
         mixes, feeds, gains = layer.mixer is not None, layer.mlp is not None, spec.residual_gain
-        self.spec = replace(spec, layers=())  # what layers share: equal for layers alike, which are then traced once
+        self.spec = replace(
+            spec, layers=(), norm_placement=place
+        )  # what layers share: equal for layers alike, which are then traced once
         self.mixer_norm = norm(before and mixes)
         self.mixer = None if layer.mixer is None else make_mixer(spec.d_model, layer.mixer, dtype)
         self.mixer_out_norm = norm(behind and mixes)
-        self.mlp_norm = norm(before and feeds and place != "parallel_shared")
+        has_norms = isinstance(layer.mlp, MoeSpec) and layer.mlp.norms is not None
+        self.mlp_norm = norm(before and feeds and place != "parallel_shared" and not has_norms)
         self.mlp = None if layer.mlp is None else _make_mlp(spec.d_model, layer.mlp, dtype)
         self.mlp_out_norm = norm(behind and feeds)
         self.shared_use = None if layer.shared is None else SharedUse(spec.d_model, layer.shared, dtype)
@@ -50,17 +55,49 @@ class DecoderLayer(nnx.Module):
         self.mixer_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and mixes else None
         self.mlp_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and feeds else None
         self.gain = parameter((1,), (None,), dtype, mean=1.0) if spec.layer_gain else None
+        inputs, rank = spec.layer_inputs, spec.laurel_rank
+        self.laurel = None if rank is None else Laurel(spec.d_model, rank, spec.norm, dtype)
+        self.input = None if inputs is None else LayerInput(spec.d_model, inputs, spec.norm, dtype)
+        self.altup = None if spec.altup is None else AltUp(spec.d_model, spec.altup, spec.norm, dtype)
 
     def __call__(
+        self,
+        x: Float[Array, "T ..."],
+        caches: tuple[Array, ...],
+        batch: StepBatch,
+        rotation: Rotation | None,
+        runtime: Runtime,
+        shared: tuple[SharedBlock, Array] | None = None,
+        own_input: Float[Array, "T P"] | None = None,
+    ) -> tuple[Float[Array, "T ..."], tuple[Array, ...]]:
+        """What leaves the layer, and the caches with this step's tokens.
+
+        Args:
+            x: [T, D], or the streams [T, A, D].
+            shared: the block that the layer goes through beside its mixer, and the embeddings, for it.
+        """
+        if self.altup is None:
+            x, caches = self._compute(x, caches, batch, rotation, runtime, shared)
+            if self.input is not None and own_input is not None:
+                x += self.input(x, own_input)
+            return x if self.gain is None else x * self.gain.get_value(), caches
+        streams = self.altup.predict(x)
+        x, caches = self._compute(streams[:, self.altup.spec.active], caches, batch, rotation, runtime, shared)
+        streams = self.altup.correct(streams, x)
+        if self.input is not None and own_input is not None:
+            streams = streams.at[:, 1:].add(self.input(self.altup.output(streams), own_input)[:, None])
+        return streams, caches
+
+    def _compute(
         self,
         x: Float[Array, "T D"],
         caches: tuple[Array, ...],
         batch: StepBatch,
         rotation: Rotation | None,
         runtime: Runtime,
-        shared: tuple[SharedBlock, Array] | None = None,
+        shared: tuple[SharedBlock, Array] | None,
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
-        """shared: the block that the layer goes through beside its mixer, and the embeddings, for it."""
+        """The mixer and the mlp."""
         if self.spec.norm_placement.startswith("parallel"):
             return self._parallel(x, caches, batch, rotation, runtime)
         new_caches: tuple[Array, ...] = ()
@@ -70,28 +107,33 @@ class DecoderLayer(nnx.Module):
                 assert shared is not None
                 added, new_caches = self.shared_use(shared[0], x, shared[1], caches[:1], batch, rotation, runtime)
                 mixed_in, caches = x + added, caches[1:]
-            count = len(self.mixer.cache_specs())
-            normed = _apply(self.mixer_norm, mixed_in)
+            count = len(caches) - len(self._mlp_cache_specs())
+            normed = apply_norm(self.mixer_norm, mixed_in)
             mixed, mixer_caches = self.mixer(normed, caches[:count], batch, rotation, runtime)
             new_caches, caches = new_caches + mixer_caches, caches[count:]
             x = self._residual(x, normed, self.mixer_shares)
             x = self._add(x, mixed * self.mixer_shares.added, self.mixer_out_norm, self.mixer_gain)
+            if self.laurel is not None:
+                x = (x + self.laurel(normed)) * jnp.asarray(2**-0.5, x.dtype)
         if self.mlp is not None:
-            normed = _apply(self.mlp_norm, x)
+            normed = apply_norm(self.mlp_norm, x)
             if isinstance(self.mlp, ChannelMix):
                 change, caches = self.mlp(normed, caches, batch)
             else:
                 change = self._mlp(normed, batch, runtime)
             x = self._residual(x, normed, self.mlp_shares)
             x = self._add(x, change * self.mlp_shares.added, self.mlp_out_norm, self.mlp_gain)
-        return x if self.gain is None else x * self.gain.get_value(), new_caches + caches
+        return x, new_caches + caches
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps."""
         mixer = () if self.mixer is None else self.mixer.cache_specs()
         if self.shared_use is not None:
             mixer = self.shared_use.cache_specs() + mixer
-        return mixer + (self.mlp.cache_specs() if isinstance(self.mlp, ChannelMix) else ())
+        return mixer + self._mlp_cache_specs()
+
+    def _mlp_cache_specs(self) -> tuple[AnyCacheSpec, ...]:
+        return self.mlp.cache_specs() if isinstance(self.mlp, ChannelMix) else ()
 
     def _residual(self, x: Array, normed: Array, shares: Shares) -> Array:
         return (normed if self.spec.residual_from_norm else x) * shares.kept
@@ -100,7 +142,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         assert self.mixer is not None and self.mlp is not None
-        normed = _apply(self.mixer_norm, x)
+        normed = apply_norm(self.mixer_norm, x)
         mixed, caches = self.mixer(normed, caches, batch, rotation, runtime)
         mlp_in = normed if self.mlp_norm is None else self.mlp_norm(x)
         return x + (mixed + self._mlp(mlp_in, batch, runtime)) * self.spec.residual_multiplier, caches
@@ -120,10 +162,6 @@ class DecoderLayer(nnx.Module):
         return out_norm(x + change) if out_norm is not None and is_after else x + change
 
 
-def _apply(norm: Norm | None, x: Array) -> Array:
-    return x if norm is None else norm(x)
-
-
 def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec | ChannelMixSpec, dtype: DTypeLike) -> Mlp | Moe | ChannelMix:
     if isinstance(spec, ChannelMixSpec):
         return ChannelMix(d_model, spec, dtype)
@@ -134,7 +172,7 @@ def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec | ChannelMixSpec, dtype: DTy
 def _run_layer(
     graphdef: nnx.GraphDef[DecoderLayer],
     state: Any,
-    x: Float[Array, "T D"],
+    x: Float[Array, "T ..."],
     caches: tuple[Array, ...],
     batch: StepBatch,
     rotation: Rotation | None,
@@ -142,11 +180,13 @@ def _run_layer(
     shared_graphdef: nnx.GraphDef[SharedBlock] | None = None,
     shared_state: Any = None,
     embedded: Float[Array, "T D"] | None = None,
-) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+    *,
+    own_input: Float[Array, "T P"] | None = None,
+) -> tuple[Float[Array, "T ..."], tuple[Array, ...]]:
     """Traced and lowered once for all layers alike; XLA inlines the calls, so that nothing is left of them at run time."""
     layer = nnx.merge(graphdef, state)
     if shared_graphdef is None or embedded is None:
-        return layer(x, caches, batch, rotation, runtime)
+        return layer(x, caches, batch, rotation, runtime, own_input=own_input)
     return layer(x, caches, batch, rotation, runtime, (nnx.merge(shared_graphdef, shared_state), embedded))
 
 
@@ -168,6 +208,9 @@ class Decoder(nnx.Module):
         at = spec.positions
         is_learned = at is not None and at.kind == "learned"
         self.positions = parameter((at.count + at.offset, d_model), (None, "embed"), dtype) if at and is_learned else None
+        inputs = spec.layer_inputs
+        self.inputs = None if inputs is None else LayerInputs(d_model, len(spec.layers), inputs, spec.norm, dtype)
+        self.streams = None if spec.altup is None else Streams(d_model, spec.altup, dtype)
         self.layers = nnx.List([DecoderLayer(spec, layer, dtype) for layer in spec.layers])
         shared = {layer.shared.block: layer.shared for layer in spec.layers if layer.shared is not None}
         self.shared = nnx.List([SharedBlock(d_model, shared[block], spec.norm, dtype) for block in range(len(shared))])
@@ -192,20 +235,34 @@ class Decoder(nnx.Module):
         x = embedded = self._embed(batch)
         rotations = self._rotations(batch)
         layout = runtime.layout or one_table(self.cache_specs())
-        arrays, remaining = list(caches), iter(layout.places)
-        for layer, layer_spec in zip(self.layers, self.spec.layers, strict=True):
-            places = tuple(islice(remaining, len(layer.cache_specs())))
+        inputs = None if self.inputs is None else self.inputs(batch.token_ids, embedded)
+        if self.streams is not None:
+            x = self.streams.made_of(x)
+        arrays = list(caches)
+        for i, (layer, layer_spec, places) in enumerate(zip(self.layers, self.spec.layers, self._places(layout), strict=True)):
             own = tuple(arrays[place.array] for place in places)
             shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
             layer_batch = batch.with_table(_table_of(places))
-            x, own = _run_layer(*nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime, *shared)
+            own_input = None if inputs is None else inputs[:, i]
+            x, own = _run_layer(
+                *nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime, *shared, own_input=own_input
+            )
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
-        return self._logits(jnp.take(x, batch.logit_rows, axis=0, mode="clip")), tuple(arrays)
+        x = jnp.take(x, batch.logit_rows, axis=0, mode="clip")
+        return self._logits(x if self.streams is None else self.streams.merged(x)), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layers keep."""
         return tuple(spec for layer in self.layers for spec in layer.cache_specs())
+
+    def _places(self, layout: CacheLayout) -> list[tuple[CachePlace, ...]]:
+        """Where each layer's caches are: its own, or those of the layer whose keys and values it reads."""
+        remaining, places = iter(layout.places), list[tuple[CachePlace, ...]]()
+        for layer, spec in zip(self.layers, self.spec.layers, strict=True):
+            own = tuple(islice(remaining, len(layer.cache_specs())))
+            places.append(places[spec.mixer.kv_from] if isinstance(spec.mixer, BorrowingAttentionSpec) else own)
+        return places
 
     def _embed(self, batch: StepBatch) -> Float[Array, "T D"]:
         spec = self.spec

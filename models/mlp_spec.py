@@ -28,6 +28,7 @@ class MlpSpec:
         bias: a bias on every projection.
         clamped: replaces activation(gate) * up.
         hidden_norm: normalises what goes into the last projection (BitNet).
+        sparsity: of the gate's values, the share that is cut off as were they normally distributed (Gemma 3n).
         gate_multiplier: of what goes into the activation.
         out_multiplier: of the output.
     """
@@ -38,12 +39,15 @@ class MlpSpec:
     bias: bool = False
     clamped: ClampedSwiglu | None = None
     hidden_norm: NormSpec | None = None
+    sparsity: float = 0.0
     gate_multiplier: float = 1.0
     out_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ValueError(f"dim must be at least 1; got {self.dim}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be from 0 to less than 1; got {self.sparsity}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ class RouterSpec:
     Attributes:
         scores: of all experts, from the router's logits. "sparsemixer" is Phi-3.5-MoE's own rule for two experts
             (https://arxiv.org/abs/2409.12136).
+        norm: of what the router sees.
+        logit_multiplier: factor on the logits.
         bias: on the logits.
         choice_bias: an array added to the scores for the choice alone, not for the weights (DeepSeek V3).
         num_groups, top_groups: experts are chosen from the best top_groups of num_groups groups.
@@ -61,10 +67,13 @@ class RouterSpec:
         norm_eps: added to that sum.
         norm_min: that sum is at least this.
         scale: of the weights, after that.
+        expert_scale: an array of factors on the weights as well, one for each expert (Gemma 4).
         jitter: how far below the best a logit may be and still take part in sparsemixer's softmax.
     """
 
     scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    norm: NormSpec | None = None
+    logit_multiplier: float = 1.0
     bias: bool = False
     choice_bias: bool = False
     num_groups: int = 1
@@ -74,6 +83,7 @@ class RouterSpec:
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
+    expert_scale: bool = False
     jitter: float = 0.0
 
 
@@ -86,6 +96,8 @@ class MoeSpec:
         expert: each of the experts.
         shared: an expert that every token goes through as well.
         shared_gate: its output is multiplied by sigmoid of a projection to one number.
+        norms: the experts and the shared one have norms of their own, before and behind each; what comes in has had none
+            (Gemma 4).
         weight_on_input: an expert's weight multiplies what goes in, not what comes out (Llama 4).
     """
 
@@ -95,6 +107,7 @@ class MoeSpec:
     router: RouterSpec
     shared: MlpSpec | None = None
     shared_gate: bool = False
+    norms: NormSpec | None = None
     weight_on_input: bool = False
 
     def __post_init__(self) -> None:

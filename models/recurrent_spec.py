@@ -96,6 +96,28 @@ class GatedDeltaSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KimiDeltaSpec:
+    """As GatedDeltaSpec, but each dimension of a key decays at a pace of its own (https://arxiv.org/abs/2510.26692).
+
+    Attributes:
+        head_dim: of keys and of values.
+        rank: that the decays and the output's gate are made from.
+        activation: after the convolution.
+        norm_eps: of the output's norm, over each head, before the gate.
+    """
+
+    num_heads: int
+    head_dim: int
+    rank: int
+    conv_kernel: int
+    activation: Activation
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_heads", "head_dim", "rank", "conv_kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LightningSpec:
     """Linear attention with a constant decay for each head (https://arxiv.org/abs/2401.04658).
 
@@ -177,7 +199,7 @@ class ChannelMixSpec:
         _check_positive(self, "dim")
 
 
-RecurrentSpec = MambaSpec | Mamba2Spec | GatedDeltaSpec | LightningSpec | ShortConvSpec | RgLruSpec | TimeMixSpec
+RecurrentSpec = MambaSpec | Mamba2Spec | GatedDeltaSpec | KimiDeltaSpec | LightningSpec | ShortConvSpec | RgLruSpec | TimeMixSpec
 """Everything that mixes tokens through a state."""
 
 

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from jaxserve.errors import ConfigError
 from jaxserve.models.attention_spec import (
     AttentionSpec,
+    BorrowingAttentionSpec,
     DifferentialAttentionSpec,
     MlaSpec,
+    NarrowValueAttentionSpec,
     TemperatureSpec,
     ValueLogitAttentionSpec,
 )
@@ -25,15 +27,19 @@ from jaxserve.models.rope_spec import (
     RopeSpec,
     YarnScaling,
 )
+from jaxserve.models.stream_spec import AltUpSpec, LayerInputsSpec
 
 __all__ = [
     "Activation",
+    "AltUpSpec",
     "AttentionSpec",
+    "BorrowingAttentionSpec",
     "Branch",
     "ClampedSwiglu",
     "DecoderSpec",
     "DifferentialAttentionSpec",
     "FactorScaling",
+    "LayerInputsSpec",
     "LayerSpec",
     "LinearScaling",
     "Llama3Scaling",
@@ -41,6 +47,7 @@ __all__ = [
     "MlaSpec",
     "MlpSpec",
     "MoeSpec",
+    "NarrowValueAttentionSpec",
     "NormPlacement",
     "NormSpec",
     "ParallelSpec",
@@ -105,13 +112,18 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: a mixer over tokens, then an mlp over each of them. Either may be missing."""
+    """One decoder layer: a mixer over tokens, then an mlp over each of them. Either may be missing.
+
+    Attributes:
+        norm_placement: where it is not the model's (OLMo Hybrid).
+    """
 
     mixer: MixerSpec | None
     mlp: MlpSpec | MoeSpec | ChannelMixSpec | None
     shared: SharedSpec | None = None
     mixer_shares: Shares = Shares()
     mlp_shares: Shares = Shares()
+    norm_placement: NormPlacement | None = None
 
     @property
     def mixers(self) -> tuple[AttentionSpec | MlaSpec | RecurrentSpec, ...]:
@@ -168,6 +180,9 @@ class DecoderSpec:
         residual_from_norm: mixer and mlp add to what the norm before them gave, not to what went into it.
         residual_gain: the residual stream is multiplied by a weight of its own before each addition (Doge).
         layer_gain: what leaves a layer is multiplied by a number of its own (Gemma 4).
+        layer_inputs: layers have inputs of their own.
+        altup: there are several residual streams.
+        laurel_rank: of the low-rank way beside the mixer (LAuReL, https://arxiv.org/abs/2411.07501).
         logit_multiplier: factor on the logits.
         logit_softcap: logits become softcap * tanh(logits / softcap), after the multiplier.
         max_position: longest context that the model is made for, in tokens.
@@ -190,6 +205,9 @@ class DecoderSpec:
     residual_from_norm: bool = False
     residual_gain: bool = False
     layer_gain: bool = False
+    layer_inputs: LayerInputsSpec | None = None
+    altup: AltUpSpec | None = None
+    laurel_rank: int | None = None
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     max_position: int
@@ -199,6 +217,15 @@ class DecoderSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, BorrowingAttentionSpec):
+                self._check_borrowing(i, layer.mixer)
+
+    def _check_borrowing(self, i: int, reader: BorrowingAttentionSpec) -> None:
+        """Pages that a window has passed are gone, so who reads them must see as far back as the layer that keeps them."""
+        kept = self.layers[reader.kv_from].mixer if 0 <= reader.kv_from < i else None
+        if type(kept) is not AttentionSpec or _kept(kept) != _kept(reader):
+            raise ValueError(f"layer {i} cannot read the keys and values of layer {reader.kv_from}: {kept}")
 
     def for_context(self, length: int | None) -> DecoderSpec:
         """This model for texts of up to `length` tokens; of its first context if that is not given.
@@ -235,6 +262,10 @@ class DecoderSpec:
             return replace(layer, mixer=repeated(layer.mixer), shared=shared)
 
         return replace(self, layers=tuple(map(repeated_layer, self.layers)))
+
+
+def _kept(spec: AttentionSpec) -> tuple[int | None, ...]:
+    return spec.num_kv_heads, spec.head_dim, spec.window, spec.chunk
 
 
 def _for_longer_context(layer: LayerSpec) -> LayerSpec:

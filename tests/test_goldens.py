@@ -67,7 +67,8 @@ DEVICES = [
 ]
 MORE_DEVICES = [
     *(("olmo2", 4), ("doge", 2), ("falcon", 4), ("opt_post_norm", 2), ("llama4_text", 2), ("mixtral", 4), ("deepseek_v3", 4)),
-    *(("zamba2", 2), ("qwen3_5_text", 2), ("recurrent_gemma", 2)),
+    *(("zamba2", 2), ("qwen3_5_text", 2), ("recurrent_gemma", 2), ("kimi_linear", 2)),
+    *(("gemma3n_text", 4), ("gemma4_moe", 2), ("mimo_v2_flash", 2)),
 ]
 DEVICES += [pytest.param(*case, marks=pytest.mark.extra) for case in MORE_DEVICES]
 

@@ -87,7 +87,7 @@ def _grouped_experts(config: HfConfig, num: int, num_shared: int, router: Router
         norm_eps=1e-20,
         scale=float(config.routed_scaling_factor),
     )
-    shared = mlp(config, dim * num_shared)
+    shared = mlp(config, dim * num_shared) if num_shared else None
     return experts(config, num, config.num_experts_per_tok, router, dim=dim, shared=shared)
 
 

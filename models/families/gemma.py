@@ -1,4 +1,4 @@
-"""Gemma 1 to 3, dense Gemma 4, and Gemma 3 as the text part of the one that also takes images."""
+"""Gemma 1 to 4, and 3 and 4 as the text parts of those that also take images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,31 @@ from typing import Any
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.assembly import Same
+from jaxserve.models.families.assembly import Projection, Same, Stack
+from jaxserve.models.families.borrowing import (
+    LAYER_INPUTS,
+    UNREAD_KV,
+    borrowing,
+    borrowing_tensors,
+    kv_sources,
+    layer_inputs,
+)
 from jaxserve.models.families.from_config import activation, attention, decoder, flags, mlp, refuse, rms, windows
 from jaxserve.models.families.llama import BIASES, LLAMA
+from jaxserve.models.families.moe_assembly import FusedDown, FusedUp
 from jaxserve.models.families.qkv_assembly import Qkv
 from jaxserve.models.families.rope_config import rope
-from jaxserve.models.families.tensors import LAYER, Table, layer_norms
-from jaxserve.models.spec import AttentionSpec, DecoderSpec, FactorScaling, RopeSpec
+from jaxserve.models.families.tensors import LAYER, Table, layer_norms, norm_tensors
+from jaxserve.models.spec import (
+    AttentionSpec,
+    BorrowingAttentionSpec,
+    DecoderSpec,
+    FactorScaling,
+    MlpSpec,
+    MoeSpec,
+    RopeSpec,
+    RouterSpec,
+)
 
 
 def _gemma_like(config: HfConfig, act: str, ropes: list[RopeSpec], **fields: Any) -> DecoderSpec:
@@ -54,15 +72,15 @@ def _gemma3(config: HfConfig) -> DecoderSpec:
 
 
 def _gemma4(config: HfConfig) -> DecoderSpec:
-    """The dense text model: no embeddings of each layer's own, no layers without keys, no experts."""
-    refuse(config, hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=False)
     if config.use_bidirectional_attention == "all":
         refuse(config, use_bidirectional_attention="vision")  # of images; text is causal
-    norm, seen = rms(config), windows(config)
+    if config.hidden_size_per_layer_input:
+        refuse(config, vocab_size_per_layer_input=config.vocab_size)
+    norm, seen, sources = rms(config), windows(config), kv_sources(config)
 
     def mixer(i: int) -> AttentionSpec:
         own, is_full = config.per_layer_config[i], seen[i] is None
-        return attention(
+        spec = attention(
             own,
             _gemma4_rope(config.rope_parameters[config.layer_types[i]], own.head_dim),
             window=seen[i],
@@ -72,16 +90,34 @@ def _gemma4(config: HfConfig) -> DecoderSpec:
             v_norm=rms(config, gain=False),
             v_from_k=bool(config.attention_k_eq_v) and is_full,
         )
+        return borrowing(spec, sources[i])
 
     return decoder(
         config,
         norm,
         mixer,
-        mlp(config, activation=activation(config.hidden_activation)),
+        lambda i: _gemma4_block(config, is_borrowing=sources[i] is not None),
         norm_placement="sandwich",
         embed_scale=config.hidden_size**0.5,
         layer_gain=True,
+        layer_inputs=layer_inputs(config) if config.hidden_size_per_layer_input else None,
         logit_softcap=config.final_logit_softcapping,
+    )
+
+
+def _gemma4_block(config: HfConfig, *, is_borrowing: bool) -> MlpSpec | MoeSpec:
+    """Experts stand beside the dense block, each of both with norms of its own."""
+    act = activation(config.hidden_activation)
+    dense = mlp(config, config.intermediate_size * (2 if config.use_double_wide_mlp and is_borrowing else 1), activation=act)
+    if not config.enable_moe_block:
+        return dense
+    return MoeSpec(
+        num_experts=config.num_experts,
+        top_k=config.top_k_experts,
+        expert=mlp(config, config.moe_intermediate_size, activation=act),
+        router=RouterSpec(norm=rms(config), logit_multiplier=config.hidden_size**-0.5, expert_scale=True),
+        shared=dense,
+        norms=rms(config),
     )
 
 
@@ -103,13 +139,13 @@ def _gemma4_rope(parameters: Mapping[str, Any], dim: int) -> RopeSpec:
 
 def _gemma4_table(spec: DecoderSpec) -> Table:
     """Where values are made of keys, there is no tensor of their own."""
-    table = GEMMA2 | {"layers.{i}.gain": Same(f"{LAYER}layer_scalar")}
+    table = GEMMA2 | LAYER_INPUTS | _GEMMA4_EXPERTS | {"layers.{i}.gain": Same(f"{LAYER}layer_scalar")}
     for i, layer in enumerate(spec.layers):
-        if layer.attention is not None and layer.attention.v_from_k:
+        if layer.attention is not None and layer.attention.v_from_k and not isinstance(layer.attention, BorrowingAttentionSpec):
             for ours, kind in (("", "weight"), ("_bias", "bias")):
                 names = (f"model.layers.{i}.self_attn.{name}_proj.{kind}" for name in "qkk")
                 table[f"layers.{i}.mixer.qkv{ours}"] = Qkv(tuple(names))
-    return table
+    return borrowing_tensors(table, spec)
 
 
 GEMMA2 = LLAMA | layer_norms(
@@ -117,6 +153,23 @@ GEMMA2 = LLAMA | layer_norms(
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
 )
+_GEMMA4_EXPERTS: Table = {
+    "layers.{i}.mlp.router": Projection(f"{LAYER}router.proj.weight"),
+    "layers.{i}.mlp.router_norm.weight": Same(f"{LAYER}router.scale"),
+    "layers.{i}.mlp.expert_scale": Same(f"{LAYER}router.per_expert_scale"),
+    "layers.{i}.mlp.experts_up": FusedUp(f"{LAYER}experts.gate_up_proj"),
+    "layers.{i}.mlp.experts_down": FusedDown(f"{LAYER}experts.down_proj"),
+    "layers.{i}.mlp.shared.up": Stack((f"{LAYER}mlp.gate_proj.weight", f"{LAYER}mlp.up_proj.weight")),
+    "layers.{i}.mlp.shared.down": Projection(f"{LAYER}mlp.down_proj.weight"),
+    **norm_tensors(
+        {
+            "layers.{i}.mlp.shared_norm": f"{LAYER}pre_feedforward_layernorm",
+            "layers.{i}.mlp.shared_out_norm": f"{LAYER}post_feedforward_layernorm_1",
+            "layers.{i}.mlp.experts_norm": f"{LAYER}pre_feedforward_layernorm_2",
+            "layers.{i}.mlp.experts_out_norm": f"{LAYER}post_feedforward_layernorm_2",
+        }
+    ),
+}
 _VAULT = LLAMA | layer_norms(mlp_norm="pre_feedforward_layernorm")
 
 ARCHITECTURES = (
@@ -124,7 +177,7 @@ ARCHITECTURES = (
     Architecture(name="Gemma2ForCausalLM", model_type="gemma2", spec=_gemma2, tensors=GEMMA2),
     Architecture(name="VaultGemmaForCausalLM", model_type="vaultgemma", spec=_gemma2, tensors=_VAULT),
     Architecture(name="Gemma3ForCausalLM", model_type="gemma3_text", spec=_gemma3, tensors=GEMMA2),
-    Architecture(name="Gemma4ForCausalLM", model_type="gemma4_text", spec=_gemma4, tensors=_gemma4_table),
+    Architecture(name="Gemma4ForCausalLM", model_type="gemma4_text", spec=_gemma4, tensors=_gemma4_table, spare=UNREAD_KV),
     Architecture(
         name="Gemma3ForConditionalGeneration",
         model_type="gemma3",
@@ -139,6 +192,7 @@ ARCHITECTURES = (
         spec=lambda config: _gemma4(config.get_text_config()),
         tensors=_gemma4_table,
         renames={"model.language_model.": "model."},
+        spare=UNREAD_KV,
         ignored=("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
     ),
 )

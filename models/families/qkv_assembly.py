@@ -102,6 +102,30 @@ class Qkv(Assembly):
 
 
 @dataclass(frozen=True)
+class KvHeads(Assembly):
+    """k or v [K*H, D] as [D, K, H], or its bias as [K, H]; kv heads repeated as the spec says."""
+
+    name: str
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        *inputs, _, dim = target.shape
+        return ((target.attention.num_kv_heads * dim, *inputs),)
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        repeat, dim = target.attention.kv_repeat, target.shape[-1]
+        *inputs, heads, dims = index
+        first, last = heads.start // repeat, -(-heads.stop // repeat)  # heads of the checkpoint
+        rows = tensors[0]((slice(first * dim, last * dim), *inputs))
+        by_head = rows.reshape(last - first, dim, *rows.shape[1:])
+        copied = by_head if repeat == 1 else by_head[np.arange(heads.start, heads.stop) // repeat - first]
+        return np.moveaxis(copied, (0, 1), (-2, -1))[..., dims]
+
+
+@dataclass(frozen=True)
 class LatentUp(Assembly):
     """Keys' or values' part of [N * (nope + v), R], as [N, nope, R] or [N, R, v] (multi-head latent attention)."""
 

@@ -25,28 +25,33 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, d_model: int, spec: AttentionSpec, dtype: DTypeLike) -> None:
-        kv_heads, group, head_dim = spec.array_kv_heads, spec.group_size, spec.head_dim
+        head_dim = spec.head_dim
         self.spec = spec
-        self.qkv = weight((d_model, kv_heads, group + 2, head_dim), ("embed", "kv_heads", None, None), dtype)
-        self.qkv_bias = parameter((kv_heads, group + 2, head_dim), ("kv_heads", None, None), dtype) if spec.qkv_bias else None
-        self.q_norm = _qk_norm(spec, spec.num_heads, "heads", dtype)
-        self.k_norm = _qk_norm(spec, kv_heads, "kv_heads", dtype)
-        self.v_norm = Norm(head_dim, spec.v_norm, dtype, (None,)) if spec.v_norm else None
+        self._make_projections(d_model, dtype)
         self.gate = weight((d_model, spec.num_heads, head_dim), ("embed", "heads", None), dtype) if spec.out_gate else None
         self.gate_bias = parameter((spec.num_heads, head_dim), ("heads", None), dtype) if spec.gate_bias else None
         self.sinks = parameter((spec.num_heads,), ("heads",), dtype) if spec.sinks else None
         by_head = (spec.num_heads, head_dim)
         self.out_norm = Norm(by_head, spec.out_norm, dtype, ("heads", None), num_axes=2) if spec.out_norm else None
-        self.out = weight((spec.num_heads, head_dim, d_model), ("heads", None, "embed"), dtype, contract=2)
+        self.out = weight((spec.num_heads, spec.value_dim, d_model), ("heads", None, "embed"), dtype, contract=2)
         self.out_bias = parameter((d_model,), ("embed",), dtype) if spec.out_bias else None
+
+    def _make_projections(self, d_model: int, dtype: DTypeLike) -> None:
+        """What makes q, k and v of the layer's input."""
+        spec = self.spec
+        heads = (spec.array_kv_heads, spec.group_size + 2, spec.head_dim)
+        self.qkv = weight((d_model, *heads), ("embed", "kv_heads", None, None), dtype)
+        self.qkv_bias = parameter(heads, ("kv_heads", None, None), dtype) if spec.qkv_bias else None
+        self.q_norm = qk_norm(spec, spec.num_heads, "heads", dtype)
+        self.k_norm = qk_norm(spec, spec.array_kv_heads, "kv_heads", dtype)
+        self.v_norm = Norm(spec.head_dim, spec.v_norm, dtype, (None,)) if spec.v_norm else None
 
     def __call__(
         self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's keys and values."""
         (kv_pages,) = caches
-        q, k, v = self._project(x, batch, rotation)
-        mixed, kv_pages = self._mix(q, k, v, kv_pages, batch, runtime)
+        mixed, kv_pages = self._read(x, kv_pages, batch, rotation, runtime)
         if self.gate is not None:
             mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value(), value(self.gate_bias)))
         if self.out_norm is not None:
@@ -61,6 +66,12 @@ class Attention(nnx.Module):
         spec = self.spec
         kind: CacheKind = "chunked" if spec.chunk is not None else "full" if spec.window is None else "sliding"
         return CacheSpec(kind, spec.array_kv_heads, spec.head_dim, spec.window or spec.chunk)
+
+    def _read(
+        self, x: Float[Array, "T D"], kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+    ) -> tuple[Float[Array, "T N H"], Array]:
+        """What each head reads, and the pages."""
+        return self._mix(*self._project(x, batch, rotation), kv_pages, batch, runtime)
 
     def _project(self, x: Float[Array, "T D"], batch: StepBatch, rotation: Rotation | None) -> tuple[Array, Array, Array]:
         """q [T, N, H], k and v [T, K, H]."""
@@ -79,6 +90,15 @@ class Attention(nnx.Module):
             q, k = self._normalize(q, k)
         if self.v_norm is not None:
             v = self.v_norm(v)
+        return self._placed(q, k, v, batch, rotation)
+
+    def _placed(
+        self, q: Array, k: Array, v: Array, batch: StepBatch, rotation: Rotation | None
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Array]:
+        """q and k with their positions, and what else comes once all are normalised."""
+        spec = self.spec
+        if spec.value_multiplier != 1.0:
+            v *= spec.value_multiplier
         if spec.clip is not None:
             q, k, v = (jnp.clip(x, -spec.clip, spec.clip) for x in (q, k, v))
         if rotation is not None:
@@ -121,7 +141,7 @@ def heated(q: Float[Array, "T N H"], spec: TemperatureSpec, batch: StepBatch) ->
     return (q * (1 + spec.scale * jnp.log1p(steps))[:, None, None]).astype(q.dtype)
 
 
-def _qk_norm(spec: AttentionSpec, heads: int, axis: str, dtype: DTypeLike) -> Norm | None:
+def qk_norm(spec: AttentionSpec, heads: int, axis: str, dtype: DTypeLike) -> Norm | None:
     if spec.qk_norm is None:
         return None
     if spec.qk_norm_over == "head":

@@ -10,13 +10,16 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.attention import Attention
+from jaxserve.models.layers.borrowing_attention import BorrowingAttention
 from jaxserve.models.layers.differential_attention import DifferentialAttention
 from jaxserve.models.layers.gated_conv import GatedConv
 from jaxserve.models.layers.gated_delta import GatedDelta
+from jaxserve.models.layers.kimi_delta import KimiDelta
 from jaxserve.models.layers.lightning import Lightning
 from jaxserve.models.layers.mamba import Mamba
 from jaxserve.models.layers.mamba2 import Mamba2
 from jaxserve.models.layers.mla import Mla
+from jaxserve.models.layers.narrow_value_attention import NarrowValueAttention
 from jaxserve.models.layers.parallel import Parallel
 from jaxserve.models.layers.rg_lru import RgLru
 from jaxserve.models.layers.rope import Rotation
@@ -24,6 +27,7 @@ from jaxserve.models.layers.rwkv import TimeMix
 from jaxserve.models.layers.value_logit_attention import ValueLogitAttention
 from jaxserve.models.recurrent_spec import (
     GatedDeltaSpec,
+    KimiDeltaSpec,
     LightningSpec,
     Mamba2Spec,
     MambaSpec,
@@ -33,9 +37,11 @@ from jaxserve.models.recurrent_spec import (
 )
 from jaxserve.models.spec import (
     AttentionSpec,
+    BorrowingAttentionSpec,
     DifferentialAttentionSpec,
     MixerSpec,
     MlaSpec,
+    NarrowValueAttentionSpec,
     ParallelSpec,
     ValueLogitAttentionSpec,
 )
@@ -50,7 +56,7 @@ class Mixer(Protocol):
         """Gives the layer's output, and the caches with this step's tokens.
 
         Args:
-            caches: one for each of cache_specs(), in its order.
+            caches: one for each of cache_specs(), in its order; where it has none, those of the layer whose pages it reads.
         """
         ...
 
@@ -59,12 +65,15 @@ class Mixer(Protocol):
 
 MODULES: dict[type, Callable[..., Any]] = {
     AttentionSpec: Attention,
+    BorrowingAttentionSpec: BorrowingAttention,
     DifferentialAttentionSpec: DifferentialAttention,
     GatedDeltaSpec: GatedDelta,
+    KimiDeltaSpec: KimiDelta,
     LightningSpec: Lightning,
     Mamba2Spec: Mamba2,
     MambaSpec: Mamba,
     MlaSpec: Mla,
+    NarrowValueAttentionSpec: NarrowValueAttention,
     RgLruSpec: RgLru,
     ShortConvSpec: GatedConv,
     TimeMixSpec: TimeMix,

@@ -46,15 +46,14 @@ class Mla(nnx.Module):
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's latents."""
         spec, (pages,) = self.spec, caches
-        assert rotation is not None
         q = x
         if self.q_down is not None and self.q_norm is not None:
             q = self.q_norm(linear(x, self.q_down.get_value(), value(self.q_down_bias)))
         q = linear(q, self.q_up.get_value())  # [T, N, nope + rope]
-        q_rope = rotate(q[..., spec.nope_dim :], rotation, spec.rope.interleaved)
+        q_rope = self._rotated(q[..., spec.nope_dim :], rotation)
         q_latent = linear_by_head(q[..., : spec.nope_dim], self.k_up.get_value())  # [T, N, R]
         down = linear(x, self.kv_down.get_value(), value(self.kv_down_bias))
-        k_rope = rotate(down[:, None, spec.kv_rank :], rotation, spec.rope.interleaved)
+        k_rope = self._rotated(down[:, None, spec.kv_rank :], rotation)
         latent = jnp.concatenate((self.kv_norm(down[:, : spec.kv_rank]), k_rope[:, 0]), axis=-1)
         pages = runtime.write_latent(pages, latent, batch)
         q = jnp.concatenate((q_latent, q_rope), axis=-1)
@@ -63,6 +62,9 @@ class Mla(nnx.Module):
         mixed = runtime.attend_latent(q, pages, batch, scale=spec.scale, value_dim=spec.kv_rank)  # [T, N, R]
         mixed = linear_by_head(mixed, self.v_up.get_value())
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (pages,)
+
+    def _rotated(self, x: Float[Array, "T N rope"], rotation: Rotation | None) -> Float[Array, "T N rope"]:
+        return x if rotation is None or self.spec.rope is None else rotate(x, rotation, self.spec.rope.interleaved)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """One row a token, whole on every device: all heads read all of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,17 @@ def activate(spec: MlpSpec, up: Float[Array, "T parts F"], xielu: Float[Array, "
         gate, linear_part = jnp.minimum(up[:, 0], spec.clamped.limit), jnp.clip(up[:, 1], -spec.clamped.limit, spec.clamped.limit)
         return gate * jax.nn.sigmoid(spec.clamped.alpha * gate) * (linear_part + 1)
     gate = up[:, 0] if spec.gate_multiplier == 1.0 else up[:, 0] * spec.gate_multiplier
+    if spec.sparsity:
+        gate = _largest(gate, spec.sparsity)
     hidden = _xielu(gate, xielu) if xielu is not None else ACTIVATIONS[spec.activation](gate)
     return hidden * up[:, 1] if spec.gated else hidden
+
+
+def _largest(x: Float[Array, "T F"], sparsity: float) -> Float[Array, "T F"]:
+    """How far each value is above the quantile that x would have if it were normally distributed; 0 for those below."""
+    wide = x.astype(jnp.float32)
+    cutoff = jnp.mean(wide, -1, keepdims=True) + jnp.std(wide, -1, keepdims=True) * NormalDist().inv_cdf(sparsity)
+    return jax.nn.relu(wide - cutoff).astype(x.dtype)
 
 
 def _xielu(x: Array, numbers: Float[Array, " 4"]) -> Array:

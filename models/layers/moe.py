@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value
 from jaxserve.models.layers.mlp import Mlp, activate
+from jaxserve.models.layers.norms import Norm, apply_norm
 from jaxserve.models.layers.quantized import dequantized
-from jaxserve.models.layers.router import route
-from jaxserve.models.spec import MoeSpec
+from jaxserve.models.layers.router import Routes, route
+from jaxserve.models.spec import MoeSpec, NormSpec
 from jaxserve.pallas_kernels.grouped_matmul import choose_block, group_rows, grouped_matmul
 from jaxserve.pallas_kernels.paged_attention import Implementation
 
@@ -36,24 +37,23 @@ class Moe(nnx.Module):
         by_input = {"contract": 1, "batch": 1}
         self.spec = spec
         self.router = parameter((d_model, experts), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
+        self.router_norm = _norm(d_model, spec.router.norm, dtype)
         self.router_bias = parameter((experts,), (None,), dtype) if spec.router.bias else None
         self.choice_bias = parameter((experts,), (None,), jnp.float32) if spec.router.choice_bias else None
+        self.expert_scale = parameter((experts,), (None,), dtype, mean=1.0) if spec.router.expert_scale else None
+        self.experts_norm, self.experts_out_norm = (_norm(d_model, spec.norms, dtype) for _ in range(2))
         self.experts_up = parameter((experts, d_model, parts, expert.dim), axes, dtype, std=d_model**-0.5, **by_input)
         self.experts_up_bias = parameter((experts, parts, expert.dim), axes[:3], dtype) if expert.bias else None
         self.experts_down = parameter((experts, expert.dim, d_model), axes[:3], dtype, std=expert.dim**-0.5, **by_input)
         self.experts_down_bias = parameter((experts, d_model), axes[:2], dtype) if expert.bias else None
         self.shared = Mlp(d_model, spec.shared, dtype) if spec.shared is not None else None
+        self.shared_norm, self.shared_out_norm = (_norm(d_model, spec.norms if spec.shared else None, dtype) for _ in range(2))
         is_gated = spec.shared_gate
         self.shared_gate = parameter((d_model, 1), ("embed", None), dtype, std=d_model**-0.5) if is_gated else None
 
     def __call__(self, x: Float[Array, "T D"], batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
         spec = self.spec
-        logits = linear(x, self.router.get_value(), out_dtype=jnp.float32)
-        if self.router_bias is not None:
-            logits += self.router_bias.get_value().astype(jnp.float32)
-        weights, experts = route(logits, spec.router, spec.top_k, value(self.choice_bias))
-        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
-        experts = jnp.where(in_use[:, None], experts, spec.num_experts)  # padding wakes no expert
+        weights, experts = self._route(x, batch)
         arrays = (
             dequantized(self.experts_up.get_value(), 1, x.dtype),
             value(self.experts_up_bias),
@@ -62,13 +62,27 @@ class Moe(nnx.Module):
         )
         by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
         sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert
-        out = runtime.over_experts(sum_experts, (x, weights.astype(x.dtype), experts), arrays)
+        tokens = (apply_norm(self.experts_norm, x), weights.astype(x.dtype), experts)
+        out = apply_norm(self.experts_out_norm, runtime.over_experts(sum_experts, tokens, arrays))
         if self.shared is not None:
-            shared = self.shared(x)
+            shared = apply_norm(self.shared_out_norm, self.shared(apply_norm(self.shared_norm, x)))
             if self.shared_gate is not None:
                 shared *= jax.nn.sigmoid(linear(x, self.shared_gate.get_value()))
             out += shared
         return out
+
+    def _route(self, x: Float[Array, "T D"], batch: StepBatch) -> Routes:
+        spec = self.spec
+        logits = linear(apply_norm(self.router_norm, x), self.router.get_value(), out_dtype=jnp.float32)
+        if self.router_bias is not None:
+            logits += self.router_bias.get_value().astype(jnp.float32)
+        if spec.router.logit_multiplier != 1.0:
+            logits *= spec.router.logit_multiplier
+        weights, experts = route(logits, spec.router, spec.top_k, value(self.choice_bias))
+        if self.expert_scale is not None:
+            weights *= self.expert_scale.get_value()[experts].astype(weights.dtype)
+        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
+        return weights, jnp.where(in_use[:, None], experts, spec.num_experts)  # padding wakes no expert
 
     def _every_expert(
         self,
@@ -126,6 +140,10 @@ class Moe(nnx.Module):
             out += down_bias[groups.of_row]
         out = out.at[groups.place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)
         return jnp.sum(out if self.spec.weight_on_input else out * weights[..., None], axis=1)
+
+
+def _norm(d_model: int, spec: NormSpec | None, dtype: DTypeLike) -> Norm | None:
+    return None if spec is None else Norm(d_model, spec, dtype)
 
 
 def _reads_all(num_tokens: int, spec: MoeSpec, runtime: Runtime) -> bool:

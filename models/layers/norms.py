@@ -47,3 +47,8 @@ class Norm(nnx.Module):
         if gain is not None:
             y *= gain.astype(jnp.float32) + (1.0 if self.spec.unit_offset else 0.0)
         return y if bias is None else y + bias.astype(jnp.float32)
+
+
+def apply_norm(norm: Norm | None, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """x normalised, where there is a norm."""
+    return x if norm is None else norm(x)

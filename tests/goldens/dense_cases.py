@@ -28,6 +28,18 @@ GEMMA2: dict[str, Any] = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 15.0,
 }
+GEMMA4_SMALL: dict[str, Any] = {  # with what the smallest ones have
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "vocab_size_per_layer_input": 160,
+    "hidden_size_per_layer_input": 12,
+    "tie_word_embeddings": True,
+}
 GEMMA4: dict[str, Any] = {
     "head_dim": 16,
     "global_head_dim": 32,
@@ -37,6 +49,21 @@ GEMMA4: dict[str, Any] = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "final_logit_softcapping": 15.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3N: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "intermediate_size": [96, 96, 64, 64, 64],
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0],
+    "vocab_size_per_layer_input": 150,
+    "hidden_size_per_layer_input": 12,
+    "altup_num_inputs": 3,
+    "altup_active_idx": 1,
+    "laurel_rank": 10,
     "tie_word_embeddings": True,
 }
 LONGROPE: dict[str, Any] = {
@@ -78,6 +105,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", GEMMA2 | LAYERS4),
+    "gemma3n_text": ("gemma3n_text", GEMMA3N),
+    "gemma4_small": ("gemma4_text", GEMMA4_SMALL),
     "gemma4_text": ("gemma4_text", GEMMA4),
     "vaultgemma": ("vaultgemma", GEMMA2 | {"sliding_window": 8}),
     "olmo": ("olmo", {"clip_qkv": 2.0}),

@@ -36,6 +36,33 @@ HEATED: dict[str, Any] = YARN | {
     "original_max_position_embeddings": 16,
 }
 
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 40,
+    "tie_word_embeddings": True,
+}
+MIMO: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "head_dim": 24,
+    "v_head_dim": 16,
+    "attention_bias": True,
+    "sliding_window": 9,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", LOCAL),
     "phimoe": ("phimoe", LOCAL),
@@ -46,6 +73,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hy_v3": ("hy_v3", QWEN | {"head_dim": 16, "router_scaling_factor": 2.0}),
     "mistral4": ("mistral4", LATENT | ROUTED | {"n_group": 2, "topk_group": 1, "rope_parameters": HEATED}),
+    "gemma4_moe": ("gemma4_text", GEMMA4),
+    "mimo_v2_flash": ("mimo_v2_flash", MIMO),
     "qwen2_moe": ("qwen2_moe", QWEN | {"shared_expert_intermediate_size": 80, "norm_topk_prob": False}),
     "qwen3_moe": ("qwen3_moe", QWEN | {"head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0]}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),

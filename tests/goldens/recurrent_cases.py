@@ -69,6 +69,30 @@ DELTA = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 12,
 }
+KIMI = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_hidden_layers": 2,
+    "linear_head_dim": 12,
+    "linear_num_heads": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+OLMO_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_hidden_layers": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 24,  # transformers saves the convolutions of q, k and v as if they had as many channels each
+    "linear_value_head_dim": 12,
+}
 EXPERTS = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
@@ -134,6 +158,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "jamba",
         {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_proj_bias": True},
     ),
+    "kimi_linear": ("kimi_linear", KIMI),
     "lfm2": ("lfm2", LFM2 | {"block_ff_dim": 144, "block_multiple_of": 32, "tie_word_embeddings": True}),
     "lfm2_bias": ("lfm2", LFM2 | {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}),
     "lfm2_moe": (
@@ -149,6 +174,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS),
     "qwen3_5_text": ("qwen3_5_text", DELTA | {"attention_bias": True, "linear_num_key_heads": 4, "tie_word_embeddings": True}),
     "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
     "recurrent_gemma": ("recurrent_gemma", GEMMA),
     "zamba2": ("zamba2", ZAMBA2 | {"use_shared_attention_adapter": True, "tie_word_embeddings": True}),
     "zamba2_plain": ("zamba2", ZAMBA2 | {"use_mem_rope": False, "add_bias_linear": True, "num_key_value_heads": 2}),

@@ -16,7 +16,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder, abstract_decoder
 from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import CacheSpec
-from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
+from jaxserve.models.spec import AttentionSpec, BorrowingAttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from tests.models.forward import forward, prompts_batch
 
 MIXER = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3, rope=RopeSpec(theta=1e4, rotary_dim=8))
@@ -97,3 +97,15 @@ def test_kv_repeat() -> None:
     assert [c.num_kv_heads for c in describe_decoder("test", spec, jnp.float32).cache_specs] == [4, 4]
     with pytest.raises(ConfigError, match="each kv head serves 2 query heads, which do not divide over 4 devices"):
         SPEC.with_kv_repeat(lambda heads: 4)
+
+
+def test_who_reads_another_layers_keys_must_see_as_far_back() -> None:
+    def layers(kv_from: int, window: int | None) -> tuple[LayerSpec, ...]:
+        reader = BorrowingAttentionSpec(**vars(replace(MIXER, window=window)), kv_from=kv_from)
+        return (*SPEC.layers, LayerSpec(mixer=reader, mlp=MLP))
+
+    model = describe_decoder("test", replace(SPEC, layers=layers(1, 4)), jnp.float32)
+    assert model.cache_specs == (CacheSpec("full", 2, 8), CacheSpec("sliding", 2, 8, 4))
+    for wrong in (layers(1, None), layers(0, 4), layers(2, 4)):
+        with pytest.raises(ValueError, match="layer 2 cannot read the keys and values of layer"):
+            replace(SPEC, layers=wrong)
