@@ -116,10 +116,9 @@ _MPT = tensors(
     up=("ffn.up_proj",),
     down="ffn.down_proj",
 )
-_BARE = {name: f"transformer.{name}" for name in ("word_embeddings", "h.", "ln_f.")}
 
 ARCHITECTURES = (
-    Architecture(name="BloomForCausalLM", model_type="bloom", spec=_bloom, tensors=_BLOOM, renames=_BARE),
+    Architecture(name="BloomForCausalLM", model_type="bloom", spec=_bloom, tensors=_BLOOM),
     Architecture(
         name="FalconForCausalLM",
         model_type="falcon",

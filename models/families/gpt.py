@@ -215,11 +215,10 @@ _BIOGPT = tensors(
     **_FAIRSEQ,
 ) | {"positions": Same("biogpt.embed_positions.weight")}
 _XGLM = tensors(final_norm="model.layer_norm", **_FAIRSEQ)
-_BARE = {name: f"transformer.{name}" for name in ("wte.", "wpe.", "h.", "ln_f.")}  # checkpoints saved without the head
 _MASKS = r"\.attn(\.attention)?\.(bias|masked_bias|causal_mask)$|\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"
 
 ARCHITECTURES = (
-    Architecture(name="GPT2LMHeadModel", model_type="gpt2", spec=_gpt2, tensors=_GPT2, renames=_BARE, unread=_MASKS),
+    Architecture(name="GPT2LMHeadModel", model_type="gpt2", spec=_gpt2, tensors=_GPT2, unread=_MASKS),
     Architecture(name="GPTBigCodeForCausalLM", model_type="gpt_bigcode", spec=_bigcode, tensors=_BIGCODE, unread=_MASKS),
     Architecture(name="GPTNeoForCausalLM", model_type="gpt_neo", spec=_gpt_neo, tensors=_GPT_NEO, unread=_MASKS),
     Architecture(name="GPTJForCausalLM", model_type="gptj", spec=_gptj, tensors=_GPTJ, unread=_MASKS),
@@ -232,13 +231,7 @@ ARCHITECTURES = (
         renames={"lm_head.": "embed_out."},  # since transformers 5
         unread=_MASKS,
     ),
-    Architecture(
-        name="OPTForCausalLM",
-        model_type="opt",
-        spec=_opt,
-        tensors=_OPT,
-        renames={"decoder.": "model.decoder."},
-    ),
+    Architecture(name="OPTForCausalLM", model_type="opt", spec=_opt, tensors=_OPT),
     Architecture(name="BioGptForCausalLM", model_type="biogpt", spec=_biogpt, tensors=_BIOGPT),
     Architecture(name="XGLMForCausalLM", model_type="xglm", spec=_xglm, tensors=_XGLM, unread=r"embed_positions\.weights$"),
 )

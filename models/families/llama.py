@@ -170,7 +170,7 @@ def _smollm3(config: HfConfig) -> DecoderSpec:
 
 
 def _cwm(config: HfConfig) -> DecoderSpec:
-    return llama_like(config, windows=windows(config))
+    return llama_like(config, windows=windows(config), mlp_fields=flags(config, {"bias": "mlp_bias"}))
 
 
 def _ernie(config: HfConfig) -> DecoderSpec:

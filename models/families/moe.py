@@ -67,7 +67,7 @@ def _phimoe_rope(config: HfConfig) -> RopeSpec:
     short = parameters.pop("short_mscale", None)
     long = parameters.pop("long_mscale", None)
     if parameters.get("rope_type", "default") == "default":
-        return rope(config, parameters, read_elsewhere=("original_max_position_embeddings",))
+        return rope(config, parameters)
     if parameters["rope_type"] != "longrope" or short is None or long is None:
         raise ModelLoadError(f"phimoe with rope_parameters {parameters} is not supported; jaxserve can do default and longrope")
     return rope(config, parameters | {"attention_factor": short, "long_attention_factor": long})

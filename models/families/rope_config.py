@@ -20,8 +20,8 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "dynamic": ("original_max_position_embeddings",),
-    "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    **dict.fromkeys(("default", "linear", "dynamic"), ("original_max_position_embeddings",)),  # which changes nothing there
+    "yarn": ("finetuned", "factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
     "longrope": ("factor", "attention_factor", "long_attention_factor"),
 }
 

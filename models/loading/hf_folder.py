@@ -17,6 +17,7 @@ from jaxserve.models.loading.hf_config import generation_defaults, understand_co
 from jaxserve.models.loading.mxfp4_tensors import join_blocks
 from jaxserve.models.loading.safe_tensor import DTYPES, EIGHT_BITS, SafeTensor, open_file
 from jaxserve.models.loading.source import ModelSource, StoredTensor
+from jaxserve.models.loading.stored_names import settle_head, with_prefix
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -52,6 +53,8 @@ def open_folder(folder: Path, *, dummy: bool) -> ModelSource:
         for name, left in tensors.items():
             if isinstance(left, SafeTensor):
                 _known_dtype(name, left)  # what is left must stand for itself
+    table = architecture.table(spec)
+    tensors, spec = settle_head(with_prefix(tensors, table), table, spec)
     dtype = dtypes.most_common(1)[0][0] if dtypes else "bfloat16"
     return ModelSource(folder, "safetensors", architecture, config, spec, generation, dtype, tensors, quantization)
 

@@ -102,9 +102,8 @@ def _check(jobs: list[_Job], model: ModelDescription, source: ModelSource) -> No
         got = source.tensors[name].shape
         if got != shape:
             raise ModelLoadError(f"tensor {name} has shape {list(got)}; the config wants {list(shape)}. Do they belong together?")
-    tied = {"lm_head.weight"} if model.spec.tie_embeddings else set()
     spare = re.compile(source.architecture.spare or "(?!)")
-    left = [name for name in source.tensors if name not in wanted and name not in tied]
+    left = [name for name in source.tensors if name not in wanted]
     extra = [name for name in left if not _HARMLESS.match(name) and not spare.search(name)]
     if extra:
         raise ModelLoadError(

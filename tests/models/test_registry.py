@@ -93,6 +93,19 @@ def test_attention_bias_of_llama_reaches_every_projection() -> None:
     assert (mixer.qkv_bias, mixer.out_bias) == (True, False)
 
 
+def test_cwm_with_biases() -> None:
+    assert all(layer.mlp.bias for layer in spec_of("cwm", mlp_bias=True).layers)
+
+
+def test_fields_of_rope_that_change_nothing() -> None:
+    plain = {"rope_type": "default", "rope_theta": 500.0}
+    assert spec_of("llama", rope_parameters=plain | {"original_max_position_embeddings": 32}) == spec_of(
+        "llama2", num_key_value_heads=2
+    )
+    yarn = cases.read_config("llama_yarn")["rope_parameters"]
+    assert spec_of("llama_yarn", rope_parameters=yarn | {"finetuned": True}) == spec_of("llama_yarn")
+
+
 @pytest.mark.parametrize(
     "case, changes, message",
     [

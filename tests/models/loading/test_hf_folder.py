@@ -18,6 +18,7 @@ from tests.goldens import cases
 from tests.models.forward import open_and_load
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+EMBED = "model.embed_tokens.weight"
 
 
 def changed(**tensors: np.ndarray | None) -> cases.Tensors:
@@ -27,12 +28,36 @@ def changed(**tensors: np.ndarray | None) -> cases.Tensors:
 
 
 def test_shards_and_harmless_extras(tmp_path: Path) -> None:
-    extras = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(8, np.float32), "lm_head__weight": np.ones((160, 64))}
-    tensors = changed(**{name: value.astype(np.float32) for name, value in extras.items()})
+    head = cases.read_tensors("qwen2")[EMBED]
+    tensors = changed(model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(8, np.float32), lm_head__weight=head)
     _, weights = open_and_load(cases.write_checkpoint(tmp_path / "shards", "qwen2", tensors=tensors, num_files=3))
     _, wanted = open_and_load(cases.write_checkpoint(tmp_path / "one", "qwen2"))
     for got, want in zip(weights, wanted, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_head_that_is_not_the_embeddings_is_not_tied(tmp_path: Path) -> None:
+    """Whatever the config says: transformers does the same."""
+    tensors = changed(lm_head__weight=np.ones((160, 64), np.float32))
+    source = open_source(str(cases.write_checkpoint(tmp_path, "qwen2", tensors=tensors)))
+    assert source.config.tie_word_embeddings and not source.spec.tie_embeddings
+    assert {EMBED, "lm_head.weight"} <= source.tensors.keys()
+
+
+def test_a_tied_head_alone_is_the_embeddings_too(tmp_path: Path) -> None:
+    head = cases.read_tensors("qwen2")[EMBED]
+    tensors = changed(lm_head__weight=head, **{EMBED: None})
+    model, weights = open_and_load(cases.write_checkpoint(tmp_path, "qwen2", tensors=tensors))
+    np.testing.assert_array_equal(weights[[p.path for p in model.parameters].index("embed")], head)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "bloom", "opt", "gpt_neox", "mamba"])
+def test_names_of_a_model_saved_without_its_head(case: str, tmp_path: Path) -> None:
+    """They lack their first part; a head that is there all the same has none anyway."""
+    first = next(name for name in cases.read_tensors(case) if "layers.0." in name or "h.0." in name).partition(".")[0] + "."
+    tensors = {name.removeprefix(first): tensor for name, tensor in cases.read_tensors(case).items()}
+    bare = open_source(str(cases.write_checkpoint(tmp_path / "bare", case, tensors=tensors)))
+    assert bare.tensors.keys() == open_source(str(cases.write_checkpoint(tmp_path / "whole", case))).tensors.keys()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
