@@ -114,12 +114,13 @@ def time_decode(name: str, lens: list[int], *, n: int = 32, k: int = 8, h: int =
 
 
 def time_prefill(name: str, chunks: list[tuple[int, int]], *, n: int = 32, k: int = 8, h: int = 128, page: int = 16,
-                 layers: int = 4, window: int | None = None, softcap: float | None = None, config: Any = None) -> dict[str, Any]:  # fmt: skip
+                 dtype: Any = BF16, layers: int = 4, window: int | None = None, softcap: float | None = None,
+                 config: Any = None) -> dict[str, Any]:  # fmt: skip
     queries, lens = [c[0] for c in chunks], [c[0] + c[1] for c in chunks]
     rows, tokens = len(chunks), sum(queries)
     width = -(-max(lens) // page)
     pages = max(2**30 // (page * 4 * k * h), rows * width)
-    pool = random_pool(pages, page, k, h, "bfloat16")
+    pool = random_pool(pages, page, k, h, jnp.dtype(dtype).name)
     tables = layer_tables(layers, rows, width, pages)
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), jnp.int32)
 
@@ -196,6 +197,10 @@ def prefill_times(_: float) -> list[Callable[[], dict[str, Any]]]:
     add("16/8 h256 8 x 4096", [(4096, 0)] * 8, n=16, h=256)
     add("32/8 4 x 4096 window 1024", [(4096, 0)] * 4, window=1024)
     add("32/8 4 x 4096 softcap", [(4096, 0)] * 4, softcap=50.0)
+    add("32/8 16 x 4096 e4m3", [(4096, 0)] * 16, dtype=E4M3)
+    add("32/8 1 x 4096 e4m3", [(4096, 0)], dtype=E4M3)
+    add("32/8 512 after 7680 e4m3", [(512, 7680)], dtype=E4M3)
+    add("64/8 h64 8 x 4096 e4m3", [(4096, 0)] * 8, n=64, h=64, dtype=E4M3)
     add("32/8 16 x 4096 stages 3 block 64", [(4096, 0)] * 16, config=PrefillConfig(block=64, stages=4))
     return out
 

@@ -129,6 +129,10 @@ def check_cases() -> list[Callable[[], dict[str, Any]]]:
     mix("h64 14/2", ragged, tokens=600, n=14, k=2, h=64)
     mix("h256", ragged, tokens=600, n=16, h=256)
     mix("h256 window softcap", ragged, tokens=600, n=16, h=256, window=200, softcap=50.0)
+    mix("e4m3", ragged, tokens=600, dtype=E4M3)
+    mix("e4m3 window sinks", [*ragged, (200, 900)], tokens=800, window=100, sinks=True, dtype=E4M3)
+    mix("e4m3 h64 14/2", ragged, tokens=600, n=14, k=2, h=64, dtype=E4M3)
+    mix("e4m3 h256", ragged, tokens=600, n=16, h=256, dtype=E4M3)
     mix("28/4 page 128", ragged, tokens=600, n=28, k=4, page=128)
     mix("verify", [(1, 90), (4, 900), (8, 1234), (3, 10)], tokens=64)
     return out

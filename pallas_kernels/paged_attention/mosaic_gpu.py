@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import default_split, plan_decode, plan_prefill
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import check_prefill, prefill
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import prefill
 
 
 @functools.partial(jax.jit, static_argnames=["scale", "window", "softcap", "decode_only"])  # layers share one lowering
@@ -34,14 +34,12 @@ def paged_attention(
         decode_only: no row has more than one token, and row b's is q[b] (T = B): the prefill kernel is left out.
 
     Raises:
-        NotImplementedError: for shapes and types that the kernels do not serve (check_decode, check_prefill).
+        NotImplementedError: for shapes and types that the kernels do not serve (check_decode).
     """
     num_rows, max_pages = page_tables.shape
     max_len = max_pages * kv_pages.shape[1]
     if decode_only and q.shape[0] != num_rows:
         raise ValueError(f"a decode-only program has a token a row; got {q.shape[0]} tokens and {num_rows} rows")
-    if not decode_only:
-        check_prefill(q, kv_pages)
     num_kv_heads = kv_pages.shape[2] // 2
     split = default_split(num_rows, num_kv_heads) * 2 // kv_pages.dtype.itemsize  # 8-bit pages want longer ones
     plan = plan_decode(

@@ -191,19 +191,23 @@ def decode(
     return None if out is not None else results[0]
 
 
+def tiles(head_dim: int, itemsize: int) -> tuple[Any, Any]:
+    """The layout in shared memory of rows of `head_dim` numbers: 128 bytes wide, as wgmma and bulk copies want it, or a row."""
+    width = min(128 // itemsize, head_dim)
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)
+
+
 def _scratch(config: DecodeConfig, head_dim: int, box: int, page_type: Any, compute_type: Any) -> list[Any]:
     narrow = jnp.dtype(page_type).itemsize == 1
     pairs, stages = config.pairs, config.pairs * config.stages
-    tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    width = min(head_dim, 128)
-    page_tiles = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)) if narrow else tiles
-    ring = plgpu.SMEM((stages, BLOCK, head_dim), page_type, transforms=page_tiles)
+    wide = tiles(head_dim, 2)
+    ring = plgpu.SMEM((stages, BLOCK, head_dim), page_type, transforms=tiles(head_dim, jnp.dtype(page_type).itemsize))
     arrivals = BLOCK // box
     return [
-        plgpu.SMEM((pairs, ROWS, head_dim), compute_type, transforms=tiles),  # queries
+        plgpu.SMEM((pairs, ROWS, head_dim), compute_type, transforms=wide),  # queries
         ring,  # keys
         ring,  # values
-        plgpu.SMEM((2 * pairs, BLOCK, head_dim), compute_type, transforms=tiles) if narrow else None,  # widened K, V
+        plgpu.SMEM((2 * pairs, BLOCK, head_dim), compute_type, transforms=wide) if narrow else None,  # widened K, V
         plgpu.SMEM((pairs,), jnp.int32),  # arrive()'s value
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -287,25 +291,36 @@ class _Body:
             def copy_block(j: jax.Array, t: jax.Array) -> Any:
                 slot = pair * stages + lax.rem(t, stages)
                 base = lo + j * BLOCK
-                ids = []
-                for p in range(BLOCK // box):
+
+                def index_of(p: int) -> jax.Array:
                     token = base + p * box
                     wanted = token < hi
                     if self.windowed:  # pages before the window may be gone
                         wanted &= token + box > visible
                     page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), self.page_size)]
                     index = page * per_page + lax.div(lax.rem(token, self.page_size), box)
-                    ids.append(jnp.where(wanted, index, num_boxes))  # out of bounds: filled with zeros
-                for v, (ring, full, free) in enumerate(((ks, k_full, k_free), (vs, v_full, v_free))):
-                    if not narrow:
+                    return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
+
+                def copy(v: int, p: int, index: jax.Array) -> None:
+                    ring, full = ((ks, k_full), (vs, v_full))[v]
+                    at = ring.at[slot, pl.ds(p * box, box)]
+                    plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * head + v], at, full.at[slot])
+
+                if narrow:  # page by page: all their indices at once spill
+                    for p in range(BLOCK // box):
+                        index = index_of(p)
+                        copy(0, p, index)
+                        copy(1, p, index)
+                else:
+                    ids = [index_of(p) for p in range(BLOCK // box)]
+                    for v, free in enumerate((k_free, v_free)):
 
                         @pl.when(t >= stages)
                         def _(free: Any = free) -> None:
                             plgpu.barrier_wait(free.at[slot])
 
-                    for p, index in enumerate(ids):
-                        at = ring.at[slot, pl.ds(p * box, box)]
-                        plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * head + v], at, full.at[slot])
+                        for p, index in enumerate(ids):
+                            copy(v, p, index)
                 if narrow:  # widened `stages - 1` blocks later, when the copy has arrived
 
                     @pl.when(t >= stages - 1)

@@ -2,7 +2,8 @@
 
 Persistent thread blocks take tiles of 128 query tokens of one head: a producer warpgroup copies pages of K and V into a ring
 in shared memory, two compute warpgroups of 64 tokens take turns, one on the tensor cores while the other does its softmax
-(FlashAttention-3; Shah et al. 2024). Knows arrays and a PrefillPlan only; rows of one token are decode's.
+(FlashAttention-3; Shah et al. 2024). 8-bit pages are copied to a ring of their own, and the producer widens them to 16 bits on the
+way to that of the tensor cores. Knows arrays and a PrefillPlan only; rows of one token are decode's.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import LOG2E, LOW, ROWS, check_decode
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import LOG2E, LOW, ROWS, check_decode, tiles
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import ALIGN, PrefillPlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import store_rows
 
@@ -30,6 +31,7 @@ class PrefillConfig:
     Attributes:
         block: keys a step.
         stages: blocks of K and of V in shared memory.
+        staged: blocks of 8-bit K and of V on their way to be widened.
         ctas: persistent thread blocks, one a multiprocessor.
         registers: of a producer and of a compute thread; first + 2 * second <= 504, what a block of 384 threads starts
             with: a warpgroup that asks for more waits for ever.
@@ -37,20 +39,20 @@ class PrefillConfig:
 
     block: int = 128
     stages: int = 2
+    staged: int = 2
     ctas: int = 132
     registers: tuple[int, int] = (40, 232)
 
 
-def choose_config(head_dim: int) -> PrefillConfig:
-    """The sizes that measured best on an H100 (bench/NOTES.md)."""
+def choose_config(head_dim: int, num_bits: int = 16) -> PrefillConfig:
+    """The sizes that measured best on an H100 for 16-bit pages, and that spill nothing or least for 8 bits (bench/NOTES.md)."""
+    if num_bits == 8:
+        return {
+            64: PrefillConfig(stages=4, staged=3, registers=(56, 224)),
+            128: PrefillConfig(registers=(56, 224)),
+            256: PrefillConfig(block=64, stages=1, registers=(56, 224)),
+        }[head_dim]
     return {64: PrefillConfig(stages=4), 128: PrefillConfig(), 256: PrefillConfig(block=64)}[head_dim]
-
-
-def check_prefill(q: jax.Array, kv_pages: jax.Array) -> None:
-    """Raises NotImplementedError for shapes and types that the kernel does not serve."""
-    check_decode(q, kv_pages)
-    if kv_pages.dtype != q.dtype:
-        raise NotImplementedError(f"prefill wants pages of the queries' type {q.dtype}; got {kv_pages.dtype}")
 
 
 def prefill(
@@ -62,6 +64,8 @@ def prefill(
     *,
     scale: float,
     softcap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     out: Any = None,
     config: PrefillConfig | None = None,
 ) -> jax.Array | None:
@@ -69,33 +73,39 @@ def prefill(
 
     Args:
         q: packed queries.
-        kv_pages: one layer's pool, in q's type.
+        kv_pages: one layer's pool, in q's type or float8_e4m3fn.
         page_tables: pages of each row.
         plan: made by plan_prefill for these rows; it holds the window.
         sinks: a logit for each head that only adds to the softmax's denominator.
         scale: factor on q . k.
         softcap: logits become softcap * tanh(logits / softcap).
+        k_scale: keys are k_scale times the stored values.
+        v_scale: values are v_scale times the stored values.
         out: a jax.Ref [T, N, H] to write to, other tokens untouched; None returns a new array, whose other tokens are undefined.
         config: None chooses.
 
     Raises:
-        NotImplementedError: see check_prefill.
+        NotImplementedError: see check_decode.
     """
-    check_prefill(q, kv_pages)
+    check_decode(q, kv_pages)
     num_tokens, num_heads, head_dim = q.shape
     if q.size >= 2**31:
         raise NotImplementedError(f"offsets are 32 bit; got {q.size} elements of queries")
-    config = config or choose_config(head_dim)
+    narrow = kv_pages.dtype.itemsize == 1
+    compute_type = jnp.float16 if narrow else q.dtype  # Hopper converts e4m3 to f16 alone
+    config = config or choose_config(head_dim, kv_pages.dtype.itemsize * 8)
     num_kv_heads = kv_pages.shape[2] // 2
     pages, page_size, _, _ = kv_pages.shape
     box = min(page_size, config.block)
     boxes = kv_pages.reshape(pages * (page_size // box), box, 2 * num_kv_heads, head_dim)
     missing = max(ROWS - num_tokens, -num_tokens % ALIGN)  # a bulk copy takes 64 rows from a multiple of 8
-    queries = jnp.pad(q, ((0, missing), (0, 0), (0, 0))) if missing > 0 else q
+    queries = q.astype(compute_type)
+    queries = jnp.pad(queries, ((0, missing), (0, 0), (0, 0))) if missing > 0 else queries
     body = _Body(
         config=config,
-        factor=scale,
+        factor=scale * k_scale,
         softcap=softcap,
+        v_scale=v_scale,
         window=plan.window,
         page_size=page_size,
         group=num_heads // num_kv_heads,
@@ -109,10 +119,6 @@ def prefill(
         sink_ref = rest.pop(0) if sinks is not None else None
         body(*[*inputs, sink_ref, *rest])
 
-    tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    ring = plgpu.SMEM((config.stages, config.block, head_dim), q.dtype, transforms=tiles)
-    full = plgpu.Barrier(num_arrivals=config.block // box, num_barriers=config.stages)
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
     results = plgpu.kernel(
         paged_prefill,
         out_type=[] if out is not None else [jax.ShapeDtypeStruct(q.shape, q.dtype)],
@@ -121,19 +127,82 @@ def prefill(
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        scratch_types=[
-            plgpu.SMEM((2, ROWS, head_dim), q.dtype, transforms=tiles),  # queries
-            ring,  # keys
-            ring,  # values
-            plgpu.Barrier(num_barriers=2),
-            full,
-            full,
-            free,
-            free,
-            plgpu.Barrier(num_arrivals=2),  # turns
-        ],
+        scratch_types=_scratch(config, head_dim, box, kv_pages.dtype, compute_type),
     )(*operands)
     return None if out is not None else results[0]
+
+
+def _scratch(config: PrefillConfig, head_dim: int, box: int, page_type: Any, compute_type: Any) -> list[Any]:
+    narrow = jnp.dtype(page_type).itemsize == 1
+    copies = config.block // box
+    ring = plgpu.SMEM((config.stages, config.block, head_dim), compute_type, transforms=tiles(head_dim, 2))
+    full = plgpu.Barrier(num_arrivals=1 if narrow else copies, num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
+    staged = (
+        plgpu.SMEM(
+            (config.staged, config.block, head_dim),
+            page_type,
+            transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64)),
+        )
+        if narrow
+        else None
+    )
+    arrived = plgpu.Barrier(num_arrivals=copies, num_barriers=config.staged) if narrow else None
+    return [
+        plgpu.SMEM((2, ROWS, head_dim), compute_type, transforms=tiles(head_dim, 2)),  # queries
+        *(ring, ring),  # keys, values
+        *(staged, staged, arrived, arrived),
+        plgpu.Barrier(num_barriers=2),
+        *(full, full, free, free),
+        plgpu.Barrier(num_arrivals=2),  # turns
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """The producer's view of the blocks of K or of V in shared memory.
+
+    Attributes:
+        blocks: [stages, block, H], as the tensor cores want them.
+        full, free: a barrier each; a block has come, and both compute warpgroups are done with it.
+        staged: [staged, block, H] of 8-bit pages, or None; `arrived` are their barriers.
+    """
+
+    blocks: Any
+    full: Any
+    free: Any
+    staged: Any = None
+    arrived: Any = None
+
+    def wait_for_place(self, t: jax.Array) -> None:
+        """Until block t may be written."""
+        stages = self.blocks.shape[0]
+
+        @pl.when(t >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(self.free.at[lax.rem(t, stages)])
+
+    def drain(self, t: jax.Array) -> None:
+        """Until the blocks before t have all been used."""
+        stages = self.blocks.shape[0]
+
+        @pl.loop(jnp.maximum(t - stages, 0), t)
+        def _(t: jax.Array) -> None:
+            plgpu.barrier_wait(self.free.at[lax.rem(t, stages)])
+
+    def widen(self, t: jax.Array) -> None:
+        """Makes block t of 8-bit pages, which has been sent for, one of 16 bits."""
+        (stages, block, dim), width = self.blocks.shape, 64
+        slot, source = lax.rem(t, stages), lax.rem(t, self.staged.shape[0])
+        plgpu.barrier_wait(self.arrived.at[source])
+        self.wait_for_place(t)
+        for first in range(0, block, 64):  # piece by piece: the producer has few registers
+            for col in range(0, dim, width):
+                piece = pl.ds(first, 64), pl.ds(col, width)
+                x = plgpu.load(self.staged.at[(source, *piece)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+                self.blocks[(slot, *piece)] = x.astype(self.blocks.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[slot])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,23 +212,28 @@ class _Body:
     config: PrefillConfig
     factor: float
     softcap: float | None
+    v_scale: float
     window: int | None
     page_size: int
     group: int
 
     def __call__(
         self, q: Any, kv: Any, tables: Any, items: Any, num_items: Any, sinks: Any, out: Any, qs: Any, ks: Any, vs: Any,
-        q_full: Any, k_full: Any, v_full: Any, k_free: Any, v_free: Any, turn: Any,
+        k_staged: Any, v_staged: Any, k_arrived: Any, v_arrived: Any, q_full: Any, k_full: Any, v_full: Any, k_free: Any,
+        v_free: Any, turn: Any,
     ) -> None:  # fmt: skip
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         # Dealt back and forth: items come by falling size, so the sums stay even.
-        total, ctas = num_items[0], self.config.ctas
-        rounds = lax.div(total, ctas)
+        ctas = self.config.ctas
 
         def seat(n: jax.Array) -> jax.Array:
             return jnp.where(lax.rem(n, 2) == 0, cta, ctas - 1 - cta)
 
-        mine = rounds + jnp.where(seat(rounds) < lax.rem(total, ctas), 1, 0)
+        def mine() -> jax.Array:
+            """How many items are this block's. Each warpgroup computes it anew: kept from before they part, it is spilled."""
+            total = num_items[0]
+            rounds = lax.div(total, ctas)
+            return rounds + jnp.where(seat(rounds) < lax.rem(total, ctas), 1, 0)
 
         def item(n: jax.Array) -> tuple[jax.Array, ...]:
             """The fields of plan.items of this block's n-th item: row, head, token, begin, end, position, length."""
@@ -169,12 +243,13 @@ class _Body:
         @pl.when(wg == 2)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[0], action="decrease")
-            self.produce(mine, item, kv, tables, ks, vs, k_full, v_full, k_free, v_free)
+            rings = _Ring(ks, k_full, k_free, k_staged, k_arrived), _Ring(vs, v_full, v_free, v_staged, v_arrived)
+            self.produce(mine(), item, kv, tables, rings)
 
         @pl.when(wg < 2)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[1], action="increase")
-            self.compute(wg, mine, item, q, sinks, out, qs, ks, vs, q_full, k_full, v_full, k_free, v_free, turn)
+            self.compute(wg, mine(), item, q, sinks, out, qs, ks, vs, q_full, k_full, v_full, k_free, v_free, turn)
 
     def first_keys(self, position: jax.Array) -> tuple[Any, Any]:
         """First key that the token at `position` sees, and the same at a multiple of the block."""
@@ -183,13 +258,12 @@ class _Body:
         visible = jnp.maximum(position - (self.window - 1), 0)
         return visible, lax.div(visible, self.config.block) * self.config.block
 
-    def produce(
-        self, mine: Any, item: Any, kv: Any, tables: Any, ks: Any, vs: Any, k_full: Any, v_full: Any, k_free: Any, v_free: Any
-    ) -> None:
-        """Copies the pages of each tile's keys and values into the ring."""
-        block, stages = self.config.block, self.config.stages
+    def produce(self, mine: Any, item: Any, kv: Any, tables: Any, rings: tuple[_Ring, _Ring]) -> None:
+        """Copies the pages of each tile's keys and values into their rings."""
+        block, staged = self.config.block, self.config.staged
         num_boxes, box = kv.shape[0], kv.shape[1]
         per_page = self.page_size // box
+        narrow = rings[0].staged is not None
 
         def copy_tile(n: jax.Array, t: jax.Array) -> Any:
             row, head, _, begin, end, position, _ = item(n)
@@ -198,31 +272,53 @@ class _Body:
             hi = position + end
 
             def copy_block(j: jax.Array, t: jax.Array) -> Any:
-                slot = lax.rem(t, stages)
                 base = lo + j * block
-                ids = []
-                for p in range(block // box):
+
+                def index_of(p: int) -> jax.Array:
                     token = base + p * box
                     wanted = token < hi
                     if self.window is not None:  # pages before the window may be gone
                         wanted &= token + box > visible
                     page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), self.page_size)]
                     index = page * per_page + lax.div(lax.rem(token, self.page_size), box)
-                    ids.append(jnp.where(wanted, index, num_boxes))  # out of bounds: filled with zeros
-                for v, (ring, full, free) in enumerate(((ks, k_full, k_free), (vs, v_full, v_free))):
+                    return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
 
-                    @pl.when(t >= stages)
-                    def _(free: Any = free) -> None:
-                        plgpu.barrier_wait(free.at[slot])
+                def copy(v: int, p: int, index: jax.Array, to: Any, arrived: Any) -> None:
+                    at = to.at[lax.rem(t, to.shape[0]), pl.ds(p * box, box)]
+                    plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * kv_head + v], at, arrived.at[lax.rem(t, to.shape[0])])
 
+                if narrow:
+
+                    @pl.when(t >= staged)
+                    def _() -> None:  # the block before in this place; those after it are on their way
+                        for ring in rings:
+                            ring.widen(t - staged)
+
+                    for p in range(block // box):
+                        index = index_of(p)
+                        for v, ring in enumerate(rings):
+                            copy(v, p, index, ring.staged, ring.arrived)
+                    return t + 1
+
+                ids = [index_of(p) for p in range(block // box)]
+                for v, ring in enumerate(rings):
+                    ring.wait_for_place(t)
                     for p, index in enumerate(ids):
-                        at = ring.at[slot, pl.ds(p * box, box)]
-                        plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * kv_head + v], at, full.at[slot])
+                        copy(v, p, index, ring.blocks, ring.full)
                 return t + 1
 
             return lax.fori_loop(0, lax.div(hi - lo + (block - 1), block), copy_block, t)
 
-        lax.fori_loop(0, mine, copy_tile, jnp.int32(0))
+        t = lax.fori_loop(0, mine, copy_tile, jnp.int32(0))
+        if narrow:
+
+            @pl.loop(jnp.maximum(t - staged, 0), t)
+            def _(t: jax.Array) -> None:
+                for ring in rings:
+                    ring.widen(t)
+
+        for ring in rings:  # the interpreter wants every arrival waited for
+            ring.drain(t)
 
     def compute(
         self, wg: Any, mine: Any, item: Any, q: Any, sinks: Any, out: Any, qs: Any, ks: Any, vs: Any, q_full: Any,
@@ -341,7 +437,7 @@ class _Body:
             # 2. The result, while the other warpgroup has the tensor cores.
             pass_turn()
             following = item(n + 1)
-            acc = acc * lax.broadcast_in_dim(jnp.where(total > 0, 1.0 / total, 0.0), acc.shape, [0])
+            acc = acc * lax.broadcast_in_dim(jnp.where(total > 0, self.v_scale / total, 0.0), acc.shape, [0])
 
             @pl.when(n + 1 < mine)
             def _() -> None:

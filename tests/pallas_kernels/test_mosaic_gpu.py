@@ -1,4 +1,4 @@
-"""The GPU attention kernels: their work lists anywhere, their numbers on an NVIDIA GPU (pytest -m gpu, JAX_PLATFORMS=cuda,cpu)."""
+"""The GPU attention kernels: work lists and some numbers anywhere, all numbers on an NVIDIA GPU (-m gpu, JAX_PLATFORMS=cuda,cpu)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import (
     plan_decode,
     plan_prefill,
 )
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
+from tests.pallas_kernels.gpu_interpreter import interpreted
 from tests.pallas_kernels.paged_cases import Shape, paged_case
 
 KV_HEADS = 2
@@ -110,6 +112,45 @@ def test_refuses_what_it_cannot(heads: int, kv_heads: int, head_dim: int, page_s
         check_decode(q, jnp.zeros((2, page_size, 2 * kv_heads, head_dim), dtype))
 
 
+def reference_of(case: dict[str, Any], dtype: Any, **options: Any) -> np.ndarray:
+    """What the tokens in use should attend to in pages of `dtype`."""
+    clean = case | {
+        "q": case["q"].astype(jnp.bfloat16).astype(jnp.float32),
+        "kv_pages": case["kv_pages"].astype(dtype).astype(jnp.float32),
+    }
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = reference.paged_attention(**jax.device_put(clean, jax.devices("cpu")[0]), scale=0.1, **options)
+    return np.asarray(want)[: int(case["query_start"][-1])]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (jnp.float8_e4m3fn, {"sinks": True}),
+        (jnp.float8_e4m3fn, {"window": 100, "softcap": 3.0}),
+        (jnp.bfloat16, {"window": 100}),
+        (jnp.bfloat16, {"softcap": 3.0}),
+    ],
+)
+def test_prefill_in_the_interpreter(dtype: Any, options: dict[str, Any]) -> None:
+    shape = Shape(heads=1, kv_heads=1, head_dim=64, page_size=64, max_pages=4, rows=3)
+    sinks = "sinks" in options
+    options = {name: value for name, value in options.items() if name != "sinks"}
+    case = paged_case(7, shape, [1, 70], [5, 130], tokens=72, sinks=sinks)
+    rows = case["query_start"], case["kv_lens"], case["num_single_rows"]
+    plan = plan_prefill(*rows, num_tokens=72, num_heads=1, num_kv_heads=1, window=options.get("window"))
+    config = PrefillConfig(block=64, stages=1, staged=2, ctas=1)
+    q, pages = case["q"].astype(jnp.bfloat16), case["kv_pages"].astype(dtype)
+    with interpreted():
+        out = prefill(
+            q, pages, case["page_tables"], plan, case["sinks"], scale=0.1, softcap=options.get("softcap"), config=config
+        )
+        got = np.asarray(out, np.float32)
+    want = reference_of(case, dtype, **options)
+    assert np.linalg.norm(got[1:71] - want[1:]) < 4e-3 * np.linalg.norm(want[1:])
+
+
 def run(case: dict[str, Any], dtype: Any, **options: Any) -> np.ndarray:
     """The kernels' result over pages of `dtype`, of the tokens in use; two runs must agree bit for bit."""
     case = case | {"q": case["q"].astype(jnp.bfloat16), "kv_pages": case["kv_pages"].astype(dtype)}
@@ -125,18 +166,13 @@ def check(shape: Shape, queries: list[int], prefixes: list[int], tokens: int, *,
           **options: Any) -> None:  # fmt: skip
     case = paged_case(7, shape, queries, prefixes, tokens=tokens, sinks=sinks)
     got = run(case, dtype, **options)
-    clean = case | {
-        "q": case["q"].astype(jnp.bfloat16).astype(jnp.float32),
-        "kv_pages": case["kv_pages"].astype(dtype).astype(jnp.float32),
-    }
     options.pop("decode_only", None)
-    with jax.default_device(jax.devices("cpu")[0]):
-        want = np.asarray(reference.paged_attention(**jax.device_put(clean, jax.devices("cpu")[0]), scale=0.1, **options))
+    want = reference_of(case, dtype, **options)
     used = sum(queries)
-    error = np.linalg.norm(got - want[:used]) / np.linalg.norm(want[:used])
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert error < 4e-3, f"relative error {error}"
-    per_token = np.linalg.norm((got - want[:used]).reshape(used, -1), axis=1)
-    assert (per_token < 2e-2 * np.linalg.norm(want[:used].reshape(used, -1), axis=1)).all(), np.flatnonzero(per_token > 0.1)
+    per_token = np.linalg.norm((got - want).reshape(used, -1), axis=1)
+    assert (per_token < 2e-2 * np.linalg.norm(want.reshape(used, -1), axis=1)).all(), np.flatnonzero(per_token > 0.1)
 
 
 LLAMA = Shape(heads=16, kv_heads=4, head_dim=128, max_pages=50, rows=10)
@@ -161,9 +197,10 @@ PAIRS = [("llama", o) for o in OPTIONS] + [("small", "all"), ("gemma", "all"), *
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(("shape", "options"), PAIRS)
-def test_mixed(shape: str, options: str) -> None:
-    check(SHAPES[shape], *RAGGED, 320, **OPTIONS[options])
+def test_mixed(shape: str, options: str, dtype: Any) -> None:
+    check(SHAPES[shape], *RAGGED, 320, dtype=dtype, **OPTIONS[options])
 
 
 @pytest.mark.gpu
