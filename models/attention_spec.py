@@ -40,6 +40,8 @@ class AttentionSpec:
         out_bias: a bias on the output projection.
         out_gate: the output of each head is multiplied by sigmoid of a projection of the input.
         gate_bias: a bias on that projection.
+        gate_activation: instead of the sigmoid (Laguna).
+        gate_per_head: a number for each head, instead of one for each of its dimensions.
         out_norm: normalises the output of all heads together (BitNet).
         sinks: each head has a logit that takes part in the softmax without a value (gpt-oss).
         alibi: slope of each head: slope * (key position - query position) is added to the scores
@@ -68,6 +70,8 @@ class AttentionSpec:
     out_bias: bool = False
     out_gate: bool = False
     gate_bias: bool = False
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    gate_per_head: bool = False
     out_norm: NormSpec | None = None
     sinks: bool = False
     alibi: tuple[float, ...] | None = None
@@ -200,6 +204,8 @@ class MlaSpec:
         kv_rank: width of the latent.
         nope_dim, rope_dim: dimensions of q and k without and with positions; the latter are shared by all heads.
         v_dim: dimensions of a head's value.
+        kv_multiplier: factor on the normalised latent of keys and values (LongCat).
+        out_gate: the output of each head is multiplied by sigmoid of a number projected from the input (Ling 3).
         latent_norm: of what q and of what keys and values are made from.
         bias: on the projections to the latents, and on the output projection.
         temperature: q grows with the position.
@@ -214,6 +220,8 @@ class MlaSpec:
     scale: float
     rope: RopeSpec | None
     latent_norm: NormSpec
+    kv_multiplier: float = 1.0
+    out_gate: bool = False
     bias: bool = False
     temperature: TemperatureSpec | None = None
 

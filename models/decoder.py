@@ -50,6 +50,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = norm(before and feeds and place != "parallel_shared" and not has_norms)
         self.mlp = None if layer.mlp is None else _make_mlp(spec.d_model, layer.mlp, dtype)
         self.mlp_out_norm = norm(behind and feeds)
+        self.shortcut = None if layer.shortcut is None else Moe(spec.d_model, layer.shortcut, dtype)
         self.shared_use = None if layer.shared is None else SharedUse(spec.d_model, layer.shared, dtype)
         self.mixer_shares, self.mlp_shares = layer.mixer_shares, layer.mlp_shares
         self.mixer_gain = parameter((spec.d_model,), ("embed",), dtype, mean=1.0) if gains and mixes else None
@@ -73,11 +74,13 @@ class DecoderLayer(nnx.Module):
         """What leaves the layer, and the caches with this step's tokens.
 
         Args:
-            x: [T, D], or the streams [T, A, D].
+            x: [T, D]; or the streams [T, A, D]; or [T, 2, D] with what the shortcut of the layer before gives beside it.
             shared: the block that the layer goes through beside its mixer, and the embeddings, for it.
         """
         if self.altup is None:
+            x, late = (x, None) if x.ndim == 2 else (x[:, 0], x[:, 1])
             x, caches = self._compute(x, caches, batch, rotation, runtime, shared)
+            x = x if late is None else x + late
             if self.input is not None and own_input is not None:
                 x += self.input(x, own_input)
             return x if self.gain is None else x * self.gain.get_value(), caches
@@ -97,7 +100,7 @@ class DecoderLayer(nnx.Module):
         runtime: Runtime,
         shared: tuple[SharedBlock, Array] | None,
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
-        """The mixer and the mlp."""
+        """The mixer and the mlp, and the shortcut's experts if there are any."""
         if self.spec.norm_placement.startswith("parallel"):
             return self._parallel(x, caches, batch, rotation, runtime)
         new_caches: tuple[Array, ...] = ()
@@ -123,6 +126,8 @@ class DecoderLayer(nnx.Module):
                 change = self._mlp(normed, batch, runtime)
             x = self._residual(x, normed, self.mlp_shares)
             x = self._add(x, change * self.mlp_shares.added, self.mlp_out_norm, self.mlp_gain)
+            if self.shortcut is not None:
+                x = jnp.stack((x, self.shortcut(normed, batch, runtime)), axis=1)
         return x, new_caches + caches
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:

@@ -59,6 +59,7 @@ class RouterSpec:
             (https://arxiv.org/abs/2409.12136).
         norm: of what the router sees.
         logit_multiplier: factor on the logits.
+        logit_softcap: logits become softcap * tanh(logits / softcap).
         bias: on the logits.
         choice_bias: an array added to the scores for the choice alone, not for the weights (DeepSeek V3).
         num_groups, top_groups: experts are chosen from the best top_groups of num_groups groups.
@@ -74,6 +75,7 @@ class RouterSpec:
     scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     norm: NormSpec | None = None
     logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
     bias: bool = False
     choice_bias: bool = False
     num_groups: int = 1
@@ -92,33 +94,40 @@ class MoeSpec:
     """A mixture of experts.
 
     Attributes:
+        num_identity: experts numbered behind those, which give back what goes in (LongCat).
         top_k: experts of each token.
         expert: each of the experts.
         shared: an expert that every token goes through as well.
         shared_gate: its output is multiplied by sigmoid of a projection to one number.
+        out_norm: of the sum of all experts, the shared one included (A.X K1).
         norms: the experts and the shared one have norms of their own, before and behind each; what comes in has had none
             (Gemma 4).
         weight_on_input: an expert's weight multiplies what goes in, not what comes out (Llama 4).
     """
 
     num_experts: int
+    num_identity: int = 0
     top_k: int
     expert: MlpSpec
     router: RouterSpec
     shared: MlpSpec | None = None
     shared_gate: bool = False
+    out_norm: NormSpec | None = None
     norms: NormSpec | None = None
     weight_on_input: bool = False
 
     def __post_init__(self) -> None:
         router = self.router
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"each token must have from 1 to {self.num_experts} experts; got {self.top_k}")
+        num_choices = self.num_experts + self.num_identity
+        if not 1 <= self.top_k <= num_choices:
+            raise ValueError(f"each token must have from 1 to {num_choices} experts; got {self.top_k}")
+        if self.num_identity and router.num_groups > 1:
+            raise ValueError("experts that give back what goes in are in no groups")
         if self.num_experts % router.num_groups or not 1 <= router.top_groups <= router.num_groups:
             raise ValueError(
                 f"{router.top_groups} of {router.num_groups} groups cannot be chosen among {self.num_experts} experts"
             )
-        if self.top_k > self.num_experts // router.num_groups * router.top_groups:
+        if self.top_k > num_choices // router.num_groups * router.top_groups:
             raise ValueError(f"{self.top_k} experts cannot be chosen from {router.top_groups} groups")
         if router.group_score == "best_two" and router.num_groups > 1 and self.num_experts // router.num_groups < 2:
             raise ValueError(f"groups of one expert have no best two; got {router.num_groups} groups")

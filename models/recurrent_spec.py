@@ -101,20 +101,24 @@ class KimiDeltaSpec:
 
     Attributes:
         head_dim: of keys and of values.
-        rank: that the decays and the output's gate are made from.
+        rank: that the decays and the output's gate are made from; None if they are made from the model's width at once.
+        decay_floor: a decay's logarithm is at least this: floor * sigmoid(exp(a_log) (decay(x) + dt_bias)) (Ling 3).
         activation: after the convolution.
         norm_eps: of the output's norm, over each head, before the gate.
     """
 
     num_heads: int
     head_dim: int
-    rank: int
+    rank: int | None
     conv_kernel: int
     activation: Activation
     norm_eps: float
+    decay_floor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, "num_heads", "head_dim", "rank", "conv_kernel")
+        _check_positive(self, "num_heads", "head_dim", "conv_kernel")
+        if self.rank is not None:
+            _check_positive(self, "rank")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,11 @@ from jaxserve.models.families import (
     gpt_oss,
     hybrid_mamba,
     kimi_linear,
+    laguna,
     layer_norm,
     lfm2,
     llama,
+    longcat,
     mamba,
     mimo,
     minimax,
@@ -28,6 +30,7 @@ from jaxserve.models.families import (
     olmo_hybrid,
     recurrent_gemma,
     rwkv,
+    text_parts,
     zamba2,
 )
 from jaxserve.models.families.architecture import Architecture
@@ -44,6 +47,8 @@ _FAMILIES = (
     moe,
     deepseek,
     gpt_oss,
+    laguna,
+    longcat,
     mimo,
     mamba,
     hybrid_mamba,
@@ -55,6 +60,7 @@ _FAMILIES = (
     recurrent_gemma,
     rwkv,
     minimax,
+    text_parts,
 )
 ARCHITECTURES: tuple[Architecture, ...] = tuple(a for family in _FAMILIES for a in family.ARCHITECTURES)
 

@@ -116,6 +116,7 @@ class LayerSpec:
 
     Attributes:
         norm_placement: where it is not the model's (OLMo Hybrid).
+        shortcut: experts that see what the mlp sees, and whose output comes in behind the next layer (LongCat).
     """
 
     mixer: MixerSpec | None
@@ -124,6 +125,12 @@ class LayerSpec:
     mixer_shares: Shares = Shares()
     mlp_shares: Shares = Shares()
     norm_placement: NormPlacement | None = None
+    shortcut: MoeSpec | None = None
+
+    @property
+    def experts(self) -> MoeSpec | None:
+        """Its experts, wherever they are."""
+        return self.mlp if isinstance(self.mlp, MoeSpec) else self.shortcut
 
     @property
     def mixers(self) -> tuple[AttentionSpec | MlaSpec | RecurrentSpec, ...]:
@@ -220,6 +227,17 @@ class DecoderSpec:
         for i, layer in enumerate(self.layers):
             if isinstance(layer.mixer, BorrowingAttentionSpec):
                 self._check_borrowing(i, layer.mixer)
+            if layer.shortcut is not None:
+                self._check_shortcut(i, layer)
+        if self.laurel_rank is not None and self.norm_placement.startswith("parallel"):
+            raise ValueError("LAuReL stands beside a mixer that the mlp comes behind")
+
+    def _check_shortcut(self, i: int, layer: LayerSpec) -> None:
+        is_serial = not (layer.norm_placement or self.norm_placement).startswith("parallel")
+        behind = self.layers[i + 1] if i + 1 < len(self.layers) else None
+        is_plain = self.altup is None and self.layer_inputs is None and not self.layer_gain
+        if layer.mlp is None or not is_serial or not is_plain or behind is None or behind.shortcut is not None:
+            raise ValueError(f"the shortcut of layer {i} needs an mlp behind the mixer, and a layer behind it that has none")
 
     def _check_borrowing(self, i: int, reader: BorrowingAttentionSpec) -> None:
         """Pages that a window has passed are gone, so who reads them must see as far back as the layer that keeps them."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.models.spec import AttentionSpec, LayerSpec, MoeSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec
 
 Index = tuple[slice, ...]
 """Which part of an array is wanted: a contiguous range with start and stop on every axis."""
@@ -41,8 +41,8 @@ class Target:
 
     @property
     def num_experts(self) -> int:
-        assert self.layer is not None and isinstance(self.layer.mlp, MoeSpec), self.path
-        return self.layer.mlp.num_experts
+        assert self.layer is not None and self.layer.experts is not None, self.path
+        return self.layer.experts.num_experts
 
 
 class Assembly(ABC):

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
-from jaxserve.models.families.assembly import OneOf, Projection, Same
+from jaxserve.models.families.assembly import Derived, OneOf, Projection, Same
 from jaxserve.models.families.from_config import decoder, flags, mlp, rms, windows
 from jaxserve.models.families.llama import BIASES, LLAMA, llama_like
 from jaxserve.models.families.moe import by_type, experts
@@ -33,7 +35,7 @@ def latent_attention(config: HfConfig, interleaved: bool, read_elsewhere: tuple[
         scale *= yarn_mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
     return MlaSpec(
         num_heads=config.num_attention_heads,
-        q_rank=config.q_lora_rank,
+        q_rank=changes.pop("q_rank", getattr(config, "q_lora_rank", None)),
         kv_rank=config.kv_lora_rank,
         nope_dim=config.qk_nope_head_dim,
         rope_dim=config.qk_rope_head_dim,
@@ -123,6 +125,11 @@ def _glm4_moe_lite(config: HfConfig) -> DecoderSpec:
     return _with_latents(config, bool(config.rope_interleave), by_type(config, block))
 
 
+def _axk1(config: HfConfig) -> DecoderSpec:
+    block = sigmoid_experts(config, config.n_routed_experts, config.n_shared_experts)
+    return _with_latents(config, bool(config.rope_interleave), by_type(config, replace(block, out_norm=rms(config))))
+
+
 def _youtu(config: HfConfig) -> DecoderSpec:
     return _with_latents(config, bool(config.rope_interleave), mlp(config))
 
@@ -186,44 +193,65 @@ def _exaone_moe(config: HfConfig) -> DecoderSpec:
     )
 
 
-_ATTENTION = f"{LAYER}self_attn."
-MLA: Table = {
-    "layers.{i}.mixer.q_down": Projection(f"{_ATTENTION}q_a_proj.weight"),
-    "layers.{i}.mixer.q_down_bias": Same(f"{_ATTENTION}q_a_proj.bias"),
-    "layers.{i}.mixer.q_up": OneOf(
-        (
-            Projection(f"{_ATTENTION}q_b_proj.weight", num_inputs=1),
-            Projection(f"{_ATTENTION}q_proj.weight", num_inputs=1),
-        )
-    ),
-    "layers.{i}.mixer.kv_down": Projection(f"{_ATTENTION}kv_a_proj_with_mqa.weight"),
-    "layers.{i}.mixer.kv_down_bias": Same(f"{_ATTENTION}kv_a_proj_with_mqa.bias"),
-    "layers.{i}.mixer.k_up": LatentUp(f"{_ATTENTION}kv_b_proj.weight", "keys"),
-    "layers.{i}.mixer.v_up": LatentUp(f"{_ATTENTION}kv_b_proj.weight", "values"),
-    **norm_tensors(
-        {
-            "layers.{i}.mixer.q_norm": f"{_ATTENTION}q_a_layernorm",
-            "layers.{i}.mixer.kv_norm": f"{_ATTENTION}kv_a_layernorm",
-        }
-    ),
-}
+def mla_tensors(attention: str = f"{LAYER}self_attn.") -> Table:
+    """The projections of latent attention; `attention` is what their names begin with."""
+    return {
+        "layers.{i}.mixer.q_down": Projection(f"{attention}q_a_proj.weight"),
+        "layers.{i}.mixer.q_down_bias": Same(f"{attention}q_a_proj.bias"),
+        "layers.{i}.mixer.q_up": OneOf(
+            (
+                Projection(f"{attention}q_b_proj.weight", num_inputs=1),
+                Projection(f"{attention}q_proj.weight", num_inputs=1),
+            )
+        ),
+        "layers.{i}.mixer.kv_down": Projection(f"{attention}kv_a_proj_with_mqa.weight"),
+        "layers.{i}.mixer.kv_down_bias": Same(f"{attention}kv_a_proj_with_mqa.bias"),
+        "layers.{i}.mixer.k_up": LatentUp(f"{attention}kv_b_proj.weight", "keys"),
+        "layers.{i}.mixer.v_up": LatentUp(f"{attention}kv_b_proj.weight", "values"),
+        **norm_tensors(
+            {
+                "layers.{i}.mixer.q_norm": f"{attention}q_a_layernorm",
+                "layers.{i}.mixer.kv_norm": f"{attention}kv_a_layernorm",
+            }
+        ),
+    }
+
+
+MLA = mla_tensors()
 _V3 = LLAMA | moe_tensors()
 _BIAS_BESIDE = LLAMA | moe_tensors(choice_bias="mlp.e_score_correction_bias")
 _HY_V3 = LLAMA | moe_tensors(router="mlp.router.gate", shared="mlp.shared_mlp", choice_bias="mlp.expert_bias")
 
-ARCHITECTURES = tuple(
-    Architecture(name=name, model_type=model_type, spec=spec, tensors=table)
-    for name, model_type, spec, table in (
-        ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek_v2, _V3 | MLA),
-        ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek_v3, _V3 | MLA),
-        ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _glm4_moe_lite, _V3 | MLA),
-        ("Mistral4ForCausalLM", "mistral4", _mistral4, _V3 | MLA),
-        ("MiniCPM3ForCausalLM", "minicpm3", _minicpm3, LLAMA | MLA),
-        ("YoutuForCausalLM", "youtu", _youtu, LLAMA | MLA),
-        ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe, _V3),
-        ("Dots1ForCausalLM", "dots1", _dots1, _V3),
-        ("SolarOpenForCausalLM", "solar_open", _solar_open, _V3),
-        ("ExaoneMoeForCausalLM", "exaone_moe", _exaone_moe, _BIAS_BESIDE),
-        ("HYV3ForCausalLM", "hy_v3", _hy_v3, _HY_V3),
-    )
+_NO_BIAS = Derived((), lambda target: (), lambda values, target: np.zeros(target.shape, np.float32))
+_AXK1 = (
+    _V3
+    | MLA
+    | norm_tensors({"layers.{i}.mlp.out_norm": f"{LAYER}post_mlp_layernorm"})
+    | {"layers.{i}.mlp.choice_bias": OneOf((Same(f"{LAYER}mlp.gate.e_score_correction_bias"), _NO_BIAS))}
+)
+
+ARCHITECTURES = (
+    Architecture(
+        name="AXK1ForCausalLM",
+        model_type="axk1",
+        spec=_axk1,
+        tensors=_AXK1,
+        spare=r"\.post_mlp_layernorm\.",  # dense blocks have one that is not used
+    ),
+    *(
+        Architecture(name=name, model_type=model_type, spec=spec, tensors=table)
+        for name, model_type, spec, table in (
+            ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek_v2, _V3 | MLA),
+            ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek_v3, _V3 | MLA),
+            ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _glm4_moe_lite, _V3 | MLA),
+            ("Mistral4ForCausalLM", "mistral4", _mistral4, _V3 | MLA),
+            ("MiniCPM3ForCausalLM", "minicpm3", _minicpm3, LLAMA | MLA),
+            ("YoutuForCausalLM", "youtu", _youtu, LLAMA | MLA),
+            ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe, _V3),
+            ("Dots1ForCausalLM", "dots1", _dots1, _V3),
+            ("SolarOpenForCausalLM", "solar_open", _solar_open, _V3),
+            ("ExaoneMoeForCausalLM", "exaone_moe", _exaone_moe, _BIAS_BESIDE),
+            ("HYV3ForCausalLM", "hy_v3", _hy_v3, _HY_V3),
+        )
+    ),
 )

@@ -74,7 +74,8 @@ def _gemma3(config: HfConfig) -> DecoderSpec:
 def _gemma4(config: HfConfig) -> DecoderSpec:
     if config.use_bidirectional_attention == "all":
         refuse(config, use_bidirectional_attention="vision")  # of images; text is causal
-    if config.hidden_size_per_layer_input:
+    has_inputs = bool(getattr(config, "hidden_size_per_layer_input", 0))
+    if has_inputs:
         refuse(config, vocab_size_per_layer_input=config.vocab_size)
     norm, seen, sources = rms(config), windows(config), kv_sources(config)
 
@@ -100,7 +101,7 @@ def _gemma4(config: HfConfig) -> DecoderSpec:
         norm_placement="sandwich",
         embed_scale=config.hidden_size**0.5,
         layer_gain=True,
-        layer_inputs=layer_inputs(config) if config.hidden_size_per_layer_input else None,
+        layer_inputs=layer_inputs(config) if has_inputs else None,
         logit_softcap=config.final_logit_softcapping,
     )
 
@@ -109,7 +110,7 @@ def _gemma4_block(config: HfConfig, *, is_borrowing: bool) -> MlpSpec | MoeSpec:
     """Experts stand beside the dense block, each of both with norms of its own."""
     act = activation(config.hidden_activation)
     dense = mlp(config, config.intermediate_size * (2 if config.use_double_wide_mlp and is_borrowing else 1), activation=act)
-    if not config.enable_moe_block:
+    if not getattr(config, "enable_moe_block", False):
         return dense
     return MoeSpec(
         num_experts=config.num_experts,
@@ -187,12 +188,23 @@ ARCHITECTURES = (
         ignored=("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
     ),
     Architecture(
-        name="Gemma4ForConditionalGeneration",
-        model_type="gemma4",
-        spec=lambda config: _gemma4(config.get_text_config()),
-        tensors=_gemma4_table,
-        renames={"model.language_model.": "model."},
-        spare=UNREAD_KV,
-        ignored=("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+        name="Gemma4UnifiedForCausalLM", model_type="gemma4_unified_text", spec=_gemma4, tensors=_gemma4_table, spare=UNREAD_KV
+    ),
+    *(
+        Architecture(
+            name=name,
+            model_type=model_type,
+            spec=lambda config: _gemma4(config.get_text_config()),
+            tensors=_gemma4_table,
+            renames={"model.language_model.": "model."},
+            spare=UNREAD_KV,
+            ignored=tuple(
+                f"model.{part}." for part in ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+            ),
+        )
+        for name, model_type in (
+            ("Gemma4ForConditionalGeneration", "gemma4"),
+            ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified"),
+        )
     ),
 )

@@ -73,7 +73,7 @@ def _phimoe_rope(config: HfConfig) -> RopeSpec:
     return rope(config, parameters | {"attention_factor": short, "long_attention_factor": long})
 
 
-def _sparse_layers(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec | MoeSpec]:
+def sparse_layers(config: HfConfig, block: MoeSpec) -> Callable[[int], MlpSpec | MoeSpec]:
     """Qwen's: every decoder_sparse_step-th layer has experts, but for those named in mlp_only_layers."""
     step, dense = config.decoder_sparse_step, mlp(config)
     return lambda i: block if i not in config.mlp_only_layers and (i + 1) % step == 0 else dense
@@ -111,7 +111,7 @@ def _qwen2_moe(config: HfConfig) -> DecoderSpec:
         shared_gate=True,
     )
     bias = bool(config.qkv_bias)
-    return llama_like(config, windows=windows(config), qkv_bias=bias, mlp_spec=_sparse_layers(config, block))
+    return llama_like(config, windows=windows(config), qkv_bias=bias, mlp_spec=sparse_layers(config, block))
 
 
 def _qwen3_moe(config: HfConfig) -> DecoderSpec:
@@ -122,7 +122,7 @@ def _qwen3_moe(config: HfConfig) -> DecoderSpec:
         windows=one_window(config),
         **flags(config, BIASES),
         qk_norm=rms(config),
-        mlp_spec=_sparse_layers(config, block),
+        mlp_spec=sparse_layers(config, block),
     )
 
 

@@ -20,7 +20,7 @@ class Attention(nnx.Module):
 
     Attributes:
         qkv: [D, K, G + 2, H]: for each kv head its G query heads, then k, then v, so that cutting K cuts all three alike.
-        gate: [D, N, H].
+        gate: [D, N, H], or [D, N].
         out: [N, H, D].
     """
 
@@ -28,8 +28,9 @@ class Attention(nnx.Module):
         head_dim = spec.head_dim
         self.spec = spec
         self._make_projections(d_model, dtype)
-        self.gate = weight((d_model, spec.num_heads, head_dim), ("embed", "heads", None), dtype) if spec.out_gate else None
-        self.gate_bias = parameter((spec.num_heads, head_dim), ("heads", None), dtype) if spec.gate_bias else None
+        gate, gate_axes = ((spec.num_heads,), ("heads",)) if spec.gate_per_head else ((spec.num_heads, head_dim), ("heads", None))
+        self.gate = weight((d_model, *gate), ("embed", *gate_axes), dtype) if spec.out_gate else None
+        self.gate_bias = parameter(gate, gate_axes, dtype) if spec.gate_bias else None
         self.sinks = parameter((spec.num_heads,), ("heads",), dtype) if spec.sinks else None
         by_head = (spec.num_heads, head_dim)
         self.out_norm = Norm(by_head, spec.out_norm, dtype, ("heads", None), num_axes=2) if spec.out_norm else None
@@ -53,7 +54,9 @@ class Attention(nnx.Module):
         (kv_pages,) = caches
         mixed, kv_pages = self._read(x, kv_pages, batch, rotation, runtime)
         if self.gate is not None:
-            mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value(), value(self.gate_bias)))
+            gate = linear(x, self.gate.get_value(), value(self.gate_bias))
+            gate = jax.nn.sigmoid(gate) if self.spec.gate_activation == "sigmoid" else jax.nn.softplus(gate)
+            mixed *= gate[..., None] if self.spec.gate_per_head else gate
         if self.out_norm is not None:
             mixed = self.out_norm(mixed)
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)

@@ -44,8 +44,9 @@ class KimiDelta(nnx.Module):
     Attributes:
         qkv: [D, 3, N, H]; conv: [kernel, 3, N, H].
         beta: [D, N].
-        decay_in: [D, R] and decay_out: [R, N, H]; the decay is -exp(a_log) softplus(decay_out(decay_in(x)) + dt_bias).
-        gate_in: [D, R] and gate_out: [R, N, H].
+        decay_in: [D, R] and decay_out: [R, N, H]; where there is no rank, decay_out: [D, N, H]. The decay is
+            -exp(a_log) softplus(decay_out(decay_in(x)) + dt_bias), or has a floor.
+        gate_in: [D, R] and gate_out: [R, N, H], likewise.
         dt_bias: [N, H]; a_log: [N].
         norm: [H].
         out: [N, H, D].
@@ -57,8 +58,9 @@ class KimiDelta(nnx.Module):
         self.qkv = weight((d_model, 3, *heads), ("embed", None, "heads", None), dtype)
         self.conv = taps((spec.conv_kernel, 3, *heads), (None, None, "heads", None), dtype)
         self.beta = weight((d_model, spec.num_heads), ("embed", "heads"), dtype)
-        self.decay_in, self.gate_in = (weight((d_model, spec.rank), ("embed", None), dtype) for _ in range(2))
-        self.decay_out, self.gate_out = (weight((spec.rank, *heads), (None, "heads", None), dtype) for _ in range(2))
+        rank, width = spec.rank, "embed" if spec.rank is None else None
+        self.decay_in, self.gate_in = (weight((d_model, rank), ("embed", None), dtype) if rank else None for _ in range(2))
+        self.decay_out, self.gate_out = (weight((rank or d_model, *heads), (width, "heads", None), dtype) for _ in range(2))
         self.dt_bias = parameter(heads, ("heads", None), jnp.float32)
         self.a_log = parameter((spec.num_heads,), ("heads",), jnp.float32)
         self.norm = parameter((spec.head_dim,), (None,), dtype, mean=1.0)
@@ -73,19 +75,23 @@ class KimiDelta(nnx.Module):
         qkv = ACTIVATIONS[spec.activation](qkv).astype(jnp.float32)
         qk, v = qkv[:, :2], qkv[:, 2]
         qk *= jax.lax.rsqrt(jnp.sum(jnp.square(qk), axis=-1, keepdims=True) + 1e-6)
-        steps = linear(linear(x, self.decay_in.get_value()), self.decay_out.get_value()).astype(jnp.float32)
         inputs = Inputs(
             q=qk[:, 0] * spec.head_dim**-0.5,
             k=qk[:, 1],
             v=v,
-            decay=-jnp.exp(self.a_log.get_value())[:, None] * jax.nn.softplus(steps + self.dt_bias.get_value()),
+            decay=self._decay(x),
             beta=jax.nn.sigmoid(linear(x, self.beta.get_value()).astype(jnp.float32)),
         )
         pool, y = recurrence.run(pool, inputs, batch, step=_step, chunk=_chunk, chunk_size=CHUNK)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + spec.norm_eps)
-        gate = linear(linear(x, self.gate_in.get_value()), self.gate_out.get_value()).astype(jnp.float32)
+        gate = _through(x, self.gate_in, self.gate_out)
         y = y * self.norm.get_value().astype(jnp.float32) * jax.nn.sigmoid(gate)
         return linear(y.astype(x.dtype), self.out.get_value(), contract=2), (conv_pool, pool)
+
+    def _decay(self, x: Float[Array, "T D"]) -> Float[Array, "T N H"]:
+        steps = _through(x, self.decay_in, self.decay_out) + self.dt_bias.get_value()
+        pace, floor = jnp.exp(self.a_log.get_value())[:, None], self.spec.decay_floor
+        return -pace * jax.nn.softplus(steps) if floor is None else floor * jax.nn.sigmoid(pace * steps)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """The convolution's last inputs, and the state of every head."""
@@ -94,6 +100,10 @@ class KimiDelta(nnx.Module):
             StateSpec((spec.conv_kernel - 1, 3, spec.num_heads, spec.head_dim), (None, None, "heads", None)),
             StateSpec((spec.num_heads, spec.head_dim, spec.head_dim), ("heads", None, None), jnp.float32),
         )
+
+
+def _through(x: Float[Array, "T D"], first: nnx.Param[Array] | None, second: nnx.Param[Array]) -> Float[Array, "T N H"]:
+    return linear(x if first is None else linear(x, first.get_value()), second.get_value()).astype(jnp.float32)
 
 
 def _step(states: Float[Array, "B N V K"], x: Inputs) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -22,6 +23,7 @@ class Mla(nnx.Module):
         q_down: [D, Q] and q_up: [Q, N, nope + rope]; where q comes from the model's width at once, q_up: [D, N, nope + rope].
         kv_down: [D, R + rope], to the latent and to the keys' rotated part, which all heads share.
         k_up: [N, nope, R]; v_up: [N, R, v].
+        gate: [D, N].
         out: [N, v, D].
     """
 
@@ -38,6 +40,7 @@ class Mla(nnx.Module):
         self.kv_norm = Norm(rank, spec.latent_norm, dtype, (None,))
         self.k_up = parameter((heads, spec.nope_dim, rank), ("heads", None, None), dtype, std=rank**-0.5)
         self.v_up = parameter((heads, rank, spec.v_dim), ("heads", None, None), dtype, std=rank**-0.5)
+        self.gate = weight((d_model, heads), ("embed", "heads"), dtype) if spec.out_gate else None
         self.out = weight((heads, spec.v_dim, d_model), ("heads", None, "embed"), dtype, contract=2)
         self.out_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None
 
@@ -54,13 +57,18 @@ class Mla(nnx.Module):
         q_latent = linear_by_head(q[..., : spec.nope_dim], self.k_up.get_value())  # [T, N, R]
         down = linear(x, self.kv_down.get_value(), value(self.kv_down_bias))
         k_rope = self._rotated(down[:, None, spec.kv_rank :], rotation)
-        latent = jnp.concatenate((self.kv_norm(down[:, : spec.kv_rank]), k_rope[:, 0]), axis=-1)
+        latent = self.kv_norm(down[:, : spec.kv_rank])
+        if spec.kv_multiplier != 1.0:
+            latent *= spec.kv_multiplier
+        latent = jnp.concatenate((latent, k_rope[:, 0]), axis=-1)
         pages = runtime.write_latent(pages, latent, batch)
         q = jnp.concatenate((q_latent, q_rope), axis=-1)
         if spec.temperature is not None:
             q = heated(q, spec.temperature, batch)
         mixed = runtime.attend_latent(q, pages, batch, scale=spec.scale, value_dim=spec.kv_rank)  # [T, N, R]
         mixed = linear_by_head(mixed, self.v_up.get_value())
+        if self.gate is not None:
+            mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value()))[..., None]
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (pages,)
 
     def _rotated(self, x: Float[Array, "T N rope"], rotation: Rotation | None) -> Float[Array, "T N rope"]:

@@ -25,35 +25,39 @@ class Moe(nnx.Module):
     """Sum of the chosen experts' outputs by their weights, plus the shared expert's.
 
     Attributes:
-        router: [D, E].
-        choice_bias: [E], in float32: it decides between close scores.
+        router: [D, E], with a column for each expert that gives back what goes in behind them.
+        choice_bias: as many, in float32: it decides between close scores.
         experts_up: [E, D, 2, F] ([E, D, 1, F] if the experts are not gated); experts_down: [E, F, D].
         shared_gate: [D, 1].
     """
 
     def __init__(self, d_model: int, spec: MoeSpec, dtype: DTypeLike) -> None:
-        experts, expert = spec.num_experts, spec.expert
+        experts, expert, choices = spec.num_experts, spec.expert, spec.num_experts + spec.num_identity
         parts, axes = 2 if expert.gated else 1, ("experts", None, None, None)
         by_input = {"contract": 1, "batch": 1}
         self.spec = spec
-        self.router = parameter((d_model, experts), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
+        self.router = parameter((d_model, choices), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
         self.router_norm = _norm(d_model, spec.router.norm, dtype)
-        self.router_bias = parameter((experts,), (None,), dtype) if spec.router.bias else None
-        self.choice_bias = parameter((experts,), (None,), jnp.float32) if spec.router.choice_bias else None
-        self.expert_scale = parameter((experts,), (None,), dtype, mean=1.0) if spec.router.expert_scale else None
+        self.router_bias = parameter((choices,), (None,), dtype) if spec.router.bias else None
+        self.choice_bias = parameter((choices,), (None,), jnp.float32) if spec.router.choice_bias else None
+        self.expert_scale = parameter((choices,), (None,), dtype, mean=1.0) if spec.router.expert_scale else None
         self.experts_norm, self.experts_out_norm = (_norm(d_model, spec.norms, dtype) for _ in range(2))
         self.experts_up = parameter((experts, d_model, parts, expert.dim), axes, dtype, std=d_model**-0.5, **by_input)
         self.experts_up_bias = parameter((experts, parts, expert.dim), axes[:3], dtype) if expert.bias else None
         self.experts_down = parameter((experts, expert.dim, d_model), axes[:3], dtype, std=expert.dim**-0.5, **by_input)
         self.experts_down_bias = parameter((experts, d_model), axes[:2], dtype) if expert.bias else None
         self.shared = Mlp(d_model, spec.shared, dtype) if spec.shared is not None else None
+        self.out_norm = _norm(d_model, spec.out_norm, dtype)
         self.shared_norm, self.shared_out_norm = (_norm(d_model, spec.norms if spec.shared else None, dtype) for _ in range(2))
         is_gated = spec.shared_gate
         self.shared_gate = parameter((d_model, 1), ("embed", None), dtype, std=d_model**-0.5) if is_gated else None
 
     def __call__(self, x: Float[Array, "T D"], batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
         spec = self.spec
-        weights, experts = self._route(x, batch)
+        weights, chosen = self._route(x)
+        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
+        has_weights = in_use[:, None] & (chosen < spec.num_experts)  # padding wakes no expert
+        experts = jnp.where(has_weights, chosen, spec.num_experts)
         arrays = (
             dequantized(self.experts_up.get_value(), 1, x.dtype),
             value(self.experts_up_bias),
@@ -69,20 +73,23 @@ class Moe(nnx.Module):
             if self.shared_gate is not None:
                 shared *= jax.nn.sigmoid(linear(x, self.shared_gate.get_value()))
             out += shared
-        return out
+        if spec.num_identity:
+            out += x * jnp.sum(jnp.where(chosen < spec.num_experts, 0, weights), axis=-1, keepdims=True).astype(x.dtype)
+        return apply_norm(self.out_norm, out)
 
-    def _route(self, x: Float[Array, "T D"], batch: StepBatch) -> Routes:
+    def _route(self, x: Float[Array, "T D"]) -> Routes:
         spec = self.spec
         logits = linear(apply_norm(self.router_norm, x), self.router.get_value(), out_dtype=jnp.float32)
         if self.router_bias is not None:
             logits += self.router_bias.get_value().astype(jnp.float32)
         if spec.router.logit_multiplier != 1.0:
             logits *= spec.router.logit_multiplier
+        if spec.router.logit_softcap is not None:
+            logits = spec.router.logit_softcap * jnp.tanh(logits / spec.router.logit_softcap)
         weights, experts = route(logits, spec.router, spec.top_k, value(self.choice_bias))
         if self.expert_scale is not None:
             weights *= self.expert_scale.get_value()[experts].astype(weights.dtype)
-        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
-        return weights, jnp.where(in_use[:, None], experts, spec.num_experts)  # padding wakes no expert
+        return weights, experts
 
     def _every_expert(
         self,

@@ -66,6 +66,14 @@ GEMMA3N: dict[str, Any] = {
     "laurel_rank": 10,
     "tie_word_embeddings": True,
 }
+GEMMA4_UNIFIED: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -107,6 +115,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA2 | LAYERS4),
     "gemma3n_text": ("gemma3n_text", GEMMA3N),
     "gemma4_small": ("gemma4_text", GEMMA4_SMALL),
+    "gemma4_unified_text": ("gemma4_unified_text", GEMMA4_UNIFIED),
     "gemma4_text": ("gemma4_text", GEMMA4),
     "vaultgemma": ("vaultgemma", GEMMA2 | {"sliding_window": 8}),
     "olmo": ("olmo", {"clip_qkv": 2.0}),

@@ -62,6 +62,39 @@ MIMO: dict[str, Any] = {
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }
+LONGCAT: dict[str, Any] = LATENT | {
+    "num_layers": 2,
+    "head_dim": 8,
+    "ffn_hidden_size": 96,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 3,
+    "expert_ffn_hidden_size": 40,
+    "routed_scaling_factor": 2.0,
+}
+LAGUNA: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads_per_layer": [4, 6],
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 48,
+    "moe_routed_scaling_factor": 1.5,
+    "moe_router_logit_softcapping": 2.0,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 8,
+}
+AXK1: dict[str, Any] = (
+    LATENT
+    | ROUTED
+    | {
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", LOCAL),
@@ -74,6 +107,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v3": ("hy_v3", QWEN | {"head_dim": 16, "router_scaling_factor": 2.0}),
     "mistral4": ("mistral4", LATENT | ROUTED | {"n_group": 2, "topk_group": 1, "rope_parameters": HEATED}),
     "gemma4_moe": ("gemma4_text", GEMMA4),
+    "longcat_flash": ("longcat_flash", LONGCAT),
+    "axk1": ("axk1", AXK1),
+    "laguna": ("laguna", LAGUNA),
     "mimo_v2_flash": ("mimo_v2_flash", MIMO),
     "qwen2_moe": ("qwen2_moe", QWEN | {"shared_expert_intermediate_size": 80, "norm_topk_prob": False}),
     "qwen3_moe": ("qwen3_moe", QWEN | {"head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0]}),

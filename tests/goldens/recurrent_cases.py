@@ -85,6 +85,22 @@ KIMI = {
     "v_head_dim": 16,
     "num_key_value_heads": 4,
 }
+LING3 = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_hidden_layers": 2,
+    "head_dim": 12,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "kv_lora_rank": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 OLMO_HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
     "num_hidden_layers": 2,
@@ -148,6 +164,7 @@ MAMBA2_BIAS = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bailing_hybrid": ("bailing_hybrid", LING3),
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1], "attention_bias": True, "mlp_bias": True}),
     "falcon_h1": ("falcon_h1", MAMBA2 | FALCON_H1),
     "falcon_h1_norm": ("falcon_h1", MAMBA2 | FALCON_H1_NORM),

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.loading import open_source, resolve_dtype
+from jaxserve.models.registry import find_architecture
 from tests.goldens import cases
 from tests.models.forward import open_and_load
 
@@ -164,19 +165,48 @@ def test_generation_config(files: dict[str, Any], wanted: dict[str, Any], tmp_pa
     assert open_source(str(tmp_path)).generation_config == wanted
 
 
-def test_gemma3_with_images_as_a_text_model(tmp_path: Path) -> None:
-    """Both spellings of the text part's tensor names; the vision part is left out."""
-    text = cases.read_config("gemma3_linear")
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
-    tensors = cases.read_tensors("gemma3_linear")
-    vision = {"vision_tower.vision_model.post_layernorm.weight": np.ones(4, np.float32)}
-    old = {f"language_model.{name}": t for name, t in tensors.items()} | vision
-    new = {name.replace("model.", "model.language_model.", 1): t for name, t in tensors.items()}
-    new |= {f"model.{name}": t for name, t in vision.items()}
-    plain, wanted = open_and_load(cases.write_checkpoint(tmp_path / "plain", "gemma3_linear"))
-    for i, names in enumerate((old, new)):
-        folder = cases.write_checkpoint(tmp_path / str(i), "gemma3_linear", config=config, tensors=names)
+@pytest.mark.parametrize(
+    "name, model_type, case",
+    [
+        ("Gemma3ForConditionalGeneration", "gemma3", "gemma3_linear"),
+        ("Gemma3nForConditionalGeneration", "gemma3n", "gemma3n_text"),
+        ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", "gemma4_unified_text"),
+        ("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
+        ("Mistral3ForConditionalGeneration", "mistral3", "ministral3"),
+        ("Llama4ForConditionalGeneration", "llama4", "llama4_text"),
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2"),
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_window"),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3"),
+        ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", "qwen3_moe"),
+    ],
+)
+def test_models_with_images_as_text_models(name: str, model_type: str, case: str, tmp_path: Path) -> None:
+    """Every spelling of the text part's tensor names; the vision part is left out."""
+    text = cases.read_config(case)
+    if "qwen" in model_type:
+        text["model_type"] = f"{model_type}_text"
+    config = {"architectures": [name], "model_type": model_type, "text_config": text}
+    config["tie_word_embeddings"] = text["tie_word_embeddings"]
+    plain, wanted = open_and_load(cases.write_checkpoint(tmp_path / "plain", case))
+    tensors = cases.read_tensors(case)
+    for i, (prefix, ours) in enumerate(find_architecture(config).renames.items()):
+        spelled = {prefix + n.removeprefix(ours) if n.startswith(ours) else n: t for n, t in fused(tensors, model_type).items()}
+        spelled[prefix.replace("language_model.", "vision_tower.weight")] = np.ones(4, np.float32)
+        folder = cases.write_checkpoint(tmp_path / str(i), case, config=config, tensors=spelled)
         model, weights = open_and_load(folder)
         assert model.spec == plain.spec
         for got, want in zip(weights, wanted, strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def fused(tensors: cases.Tensors, model_type: str) -> cases.Tensors:
+    """The tensors with experts as Qwen3-VL's checkpoints have them: all in one, inputs before outputs."""
+    if model_type != "qwen3_vl_moe":
+        return tensors
+    left = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in {name.split(".experts.")[0] for name in tensors.keys() - left.keys()}:
+        gate, up, down = (
+            np.stack([tensors[f"{layer}.experts.{e}.{kind}_proj.weight"].T for e in range(6)]) for kind in ("gate", "up", "down")
+        )
+        left |= {f"{layer}.experts.gate_up_proj": np.concatenate((gate, up), axis=-1), f"{layer}.experts.down_proj": down}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in left.items()}
