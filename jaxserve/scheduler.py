@@ -313,5 +313,5 @@ class Scheduler:
         self.waiting.remove(request)
         self._run(request)
         self._add_row(request, num_tokens, plan)
-        # Whoever starts behind it, in this very step, may read what it writes: in each layer, writing comes before attention.
+        # Whoever starts behind it, in this very step, may read what it writes: in each layer, its rows are written by then.
         self.record_computed_pages(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,21 +118,11 @@ class Runtime:
     attention: kernels.Implementation = "xla"
     layout: CacheLayout | None = None
 
-    def write_kv(
-        self,
-        kv_pages: Float[Array, "pages ..."],
-        k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        batch: StepBatch,
-    ) -> Float[Array, "pages ..."]:
-        """Writes the step's keys and values into their pages; in place when kv_pages is donated."""
-        heads, pool = P(None, MODEL_AXIS, None), pages_partition(self.attention)
-        write = partial(kernels.write_kv, implementation=self.attention)
-        return self._sharded(write, (pool, heads, heads, P()), pool)(kv_pages, k, v, batch.write_slots)
-
     def attend(
         self,
         q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"] | None,
+        v: Float[Array, "T K H"] | None,
         kv_pages: Float[Array, "pages ..."],
         batch: StepBatch,
         *,
@@ -142,8 +132,8 @@ class Runtime:
         chunk: int | None = None,
         sinks: Float[Array, " N"] | None = None,
         alibi: Float[Array, " N"] | None = None,
-    ) -> Float[Array, "T N H"]:
-        """Causal attention of each query token over its own request's pages."""
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "pages ..."]]:
+        """Writes the step's keys and values, if they are given, to their pages, in place where donated; causal attention over these."""
 
         attend = partial(
             kernels.paged_attention,
@@ -153,31 +143,30 @@ class Runtime:
             chunk=chunk,
             implementation=self.attention,
         )
-        heads, by_head = P(None, MODEL_AXIS, None), P(MODEL_AXIS)
-        specs = (heads, pages_partition(self.attention), *(P(),) * 4, by_head, by_head)
-        return self._sharded(attend, specs, heads)(q, kv_pages, *_rows_of(batch), sinks, alibi)
-
-    def write_latent(
-        self, pages: Float[Array, "pages ..."], latent: Float[Array, "T R"], batch: StepBatch
-    ) -> Float[Array, "pages ..."]:
-        """Writes the step's latents into their pages; in place when pages is donated."""
-        write = self._sharded(partial(kernels.write_rows, implementation=self.attention), (P(), P(), P()), P())
-        return write(pages, latent[:, None], batch.write_slots)
+        heads, pool, by_head = P(None, MODEL_AXIS, None), pages_partition(self.attention), P(MODEL_AXIS)
+        specs = (heads, heads, heads, pool, *(P(),) * 5, by_head, by_head)
+        over_heads = self._sharded(attend, specs, (heads, pool))
+        result: tuple[Array, Array] = over_heads(q, k, v, kv_pages, *_rows_of(batch), sinks, alibi)
+        return result
 
     def attend_latent(
         self,
         q: Float[Array, "T N R"],
+        latent: Float[Array, "T R"],
         pages: Float[Array, "pages ..."],
         batch: StepBatch,
         *,
         scale: float,
         value_dim: int,
-    ) -> Float[Array, "T N V"]:
-        """Causal attention of all heads over the same rows, whose first value_dim numbers are the values as well."""
+    ) -> tuple[Float[Array, "T N V"], Float[Array, "pages ..."]]:
+        """The same where a row is key and value in one for all heads; its first value_dim numbers are the value."""
 
         attend = partial(kernels.paged_attention, scale=scale, value_dim=value_dim, implementation=self.attention)
         heads = P(None, MODEL_AXIS, None)
-        return self._sharded(attend, (heads, P(), *(P(),) * 4), heads)(q, pages, *_rows_of(batch))
+        specs = (heads, P(), P(), P(), *(P(),) * 5)
+        over_heads = self._sharded(attend, specs, (heads, P()))
+        result: tuple[Array, Array] = over_heads(q, latent[:, None], None, pages, *_rows_of(batch))
+        return result
 
     def over_experts(
         self, f: Callable[..., Array], tokens: tuple[Array, ...], arrays: tuple[Array | None, ...]
@@ -202,10 +191,10 @@ class Runtime:
         summed: Array = self._sharded(local, specs, P())(*tokens, *arrays)
         return summed
 
-    def _sharded(self, f: Callable[..., Array], in_specs: tuple[P, ...], out_spec: P) -> Callable[..., Array]:
+    def _sharded(self, f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[..., Any]:
         if self.mesh is None or self.mesh.size == 1:
             return f
-        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def pages_partition(implementation: kernels.Implementation) -> P:
@@ -214,6 +203,6 @@ def pages_partition(implementation: kernels.Implementation) -> P:
     return P(*(MODEL_AXIS if i == axis else None for i in range(4)))
 
 
-def _rows_of(batch: StepBatch) -> tuple[Array, Array, Array, Array]:
+def _rows_of(batch: StepBatch) -> tuple[Array, ...]:
     """What attention kernels ask of a batch."""
-    return batch.page_tables, batch.query_start, batch.kv_lens, batch.num_single_rows
+    return batch.write_slots, batch.page_tables, batch.query_start, batch.kv_lens, batch.num_single_rows

@@ -191,22 +191,21 @@ class DenseRuntime:
 
     layout = None
 
-    def write_kv(self, cache: jax.Array, k: jax.Array, v: jax.Array, batch: StepBatch) -> jax.Array:
-        return jnp.stack([k, v])
-
     def attend(
         self,
         q: jax.Array,
-        kv: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: jax.Array,
         batch: StepBatch,
         *,
         scale: float,
         window: int | None,
         chunk: int | None,
         **others: None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         assert not any(others.values()), "tiny models have none of these"
-        k, v = (jnp.repeat(x, q.shape[1] // kv.shape[2], axis=1) for x in kv)
+        k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
         logits = jnp.einsum("TNH,SNH->NTS", q, k) * scale
         t = jnp.arange(q.shape[0])
         seen = t[None] <= t[:, None]
@@ -214,7 +213,7 @@ class DenseRuntime:
             seen &= t[None] > t[:, None] - window
         if chunk is not None:
             seen &= t[None] // chunk == t[:, None] // chunk
-        return jnp.einsum("NTS,SNH->TNH", jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1), v)
+        return jnp.einsum("NTS,SNH->TNH", jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1), v), cache
 
 
 @cache

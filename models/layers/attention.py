@@ -119,14 +119,17 @@ class Attention(nnx.Module):
     def _mix(
         self, q: Array, k: Array, v: Array, kv_pages: Array, batch: StepBatch, runtime: Runtime
     ) -> tuple[Float[Array, "T N H"], Array]:
-        """Keeps k and v, and gives what each head reads."""
-        kv_pages = runtime.write_kv(kv_pages, k, v, batch)
-        return self._attend(q, kv_pages, batch, runtime), kv_pages
+        """What each head reads, and the pages with k and v."""
+        return self._attend(q, k, v, kv_pages, batch, runtime)
 
-    def _attend(self, q: Array, kv_pages: Array, batch: StepBatch, runtime: Runtime) -> Array:
+    def _attend(
+        self, q: Array, k: Array | None, v: Array | None, kv_pages: Array, batch: StepBatch, runtime: Runtime
+    ) -> tuple[Float[Array, "T N H"], Array]:
         spec = self.spec
         return runtime.attend(
             q,
+            k,
+            v,
             kv_pages,
             batch,
             scale=spec.scale,

@@ -37,7 +37,7 @@ class BorrowingAttention(Attention):
             q = self.q_norm(q)
         if rotation is not None:
             q = rotate(q, rotation, spec.rope is not None and spec.rope.interleaved)
-        return self._attend(q, kv_pages, batch, runtime), kv_pages
+        return self._attend(q, None, None, kv_pages, batch, runtime)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """It keeps nothing."""

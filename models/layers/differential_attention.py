@@ -41,9 +41,9 @@ class DifferentialAttention(Attention):
         heads, head_dim, kv_heads, group = spec.num_heads, spec.head_dim, spec.num_kv_heads, spec.group_size
         half = kv_heads // 2
         both = jnp.stack((jnp.tile(v[:, :half], (1, 2, 1)), jnp.tile(v[:, half:], (1, 2, 1))), axis=2)  # [T, K, 2, H]
-        kv_pages = runtime.write_kv(kv_pages, jnp.repeat(k, 2, axis=1), both.reshape(-1, 2 * kv_heads, head_dim), batch)
-        twice = jnp.repeat(q.reshape(-1, kv_heads, 1, group, head_dim), 2, axis=2)
-        mixed = self._attend(twice.reshape(-1, 2 * heads, head_dim), kv_pages, batch, runtime)
+        v = both.reshape(-1, 2 * kv_heads, head_dim)
+        twice = jnp.repeat(q.reshape(-1, kv_heads, 1, group, head_dim), 2, axis=2).reshape(-1, 2 * heads, head_dim)
+        mixed, kv_pages = self._attend(twice, jnp.repeat(k, 2, axis=1), v, kv_pages, batch, runtime)
         mixed = mixed.reshape(-1, 2, half, 2, group, head_dim).swapaxes(3, 4)  # values of both halves side by side
         mixed = mixed.reshape(-1, 2, heads // 2, 2 * head_dim).astype(jnp.float32)
         q1, k1, q2, k2 = self.lambdas.get_value().astype(jnp.float32)

@@ -61,11 +61,10 @@ class Mla(nnx.Module):
         if spec.kv_multiplier != 1.0:
             latent *= spec.kv_multiplier
         latent = jnp.concatenate((latent, k_rope[:, 0]), axis=-1)
-        pages = runtime.write_latent(pages, latent, batch)
         q = jnp.concatenate((q_latent, q_rope), axis=-1)
         if spec.temperature is not None:
             q = heated(q, spec.temperature, batch)
-        mixed = runtime.attend_latent(q, pages, batch, scale=spec.scale, value_dim=spec.kv_rank)  # [T, N, R]
+        mixed, pages = runtime.attend_latent(q, latent, pages, batch, scale=spec.scale, value_dim=spec.kv_rank)  # [T, N, R]
         mixed = linear_by_head(mixed, self.v_up.get_value())
         if self.gate is not None:
             mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value()))[..., None]

@@ -79,8 +79,7 @@ class SharedUse(nnx.Module):
         k, v = qkv[:, :, -2], qkv[:, :, -1]
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        kv_pages = runtime.write_kv(kv_pages, k, v, batch)
-        mixed = runtime.attend(q, kv_pages, batch, scale=heads.scale)
+        mixed, kv_pages = runtime.attend(q, k, v, kv_pages, batch, scale=heads.scale)
         x = block.mlp_norm(linear(mixed, block.attention_out.get_value(), contract=2))
         up = linear(x, block.up.get_value(), value(block.up_bias)) + linear(
             linear(x, self.up_in.get_value()), self.up_out.get_value()

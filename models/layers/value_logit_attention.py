@@ -43,5 +43,5 @@ class ValueLogitAttention(Attention):
         logits = jnp.exp(self.value_logits_scale.get_value() * jax.nn.softplus(logits))
         k = jnp.concatenate((k, logits[..., None].astype(k.dtype)), axis=-1)
         q = jnp.concatenate((q, jnp.full((*q.shape[:2], 1), 1 / self.spec.scale, q.dtype)), axis=-1)
-        kv_pages = runtime.write_kv(kv_pages, k, jnp.pad(v, ((0, 0), (0, 0), (0, 1))), batch)
-        return self._attend(q, kv_pages, batch, runtime)[..., :-1], kv_pages
+        mixed, kv_pages = self._attend(q, k, jnp.pad(v, ((0, 0), (0, 0), (0, 1))), kv_pages, batch, runtime)
+        return mixed[..., :-1], kv_pages

@@ -58,18 +58,19 @@ def head_axis(implementation: Implementation) -> int:
 
 
 def write_kv(
-    kv_pages: Float[Array, "pages ..."],
+    kv_pages: Float[Array, "pages page_size rows H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     write_slots: Int[Array, " T"],
     implementation: Implementation = "xla",
-) -> Float[Array, "pages ..."]:
+) -> Float[Array, "pages page_size rows H"]:
     """Puts each token's key and value at page * page_size + offset = write_slots[t]; slots past the pool are dropped.
 
-    In place when kv_pages is donated. In 8-bit pages, what e4m3 cannot hold becomes its largest number.
+    In place when kv_pages is donated. In 8-bit pages, what e4m3 cannot hold becomes its largest number. On a TPU, attention
+    writes.
     """
-    if implementation == "mosaic_tpu":
-        return write_rows(kv_pages, jnp.concatenate([k, v], axis=-1), write_slots, implementation)
+    if v is None:
+        return _scatter(kv_pages, k, write_slots)
     # A choice by index, not a concatenation: XLA's GPU kernel for that takes twice the time.
     kv = jnp.where(jnp.arange(2)[:, None] == 0, k[:, :, None], v[:, :, None]).reshape(k.shape[0], *kv_pages.shape[2:])
     if implementation == "mosaic_gpu" and kv.shape[0] >= KERNEL_WRITE_TOKENS:
@@ -80,21 +81,12 @@ def write_kv(
             return written
         except NotImplementedError as reason:
             _say_once(f"the page write runs without a kernel, as XLA's scatter: {reason}")
-    return write_rows(kv_pages, kv, write_slots)
+    return _scatter(kv_pages, kv, write_slots)
 
 
-def write_rows(
-    pages: Float[Array, "pages ..."],
-    rows: Float[Array, "T rows H"],
-    write_slots: Int[Array, " T"],
-    implementation: Implementation = "xla",
-) -> Float[Array, "pages ..."]:
-    """Puts each token's rows at page * page_size + offset = write_slots[t], as write_kv does."""
-    if implementation == "mosaic_tpu":
-        from jaxserve.pallas_kernels.paged_attention import mosaic_tpu_write
-
-        written: Array = mosaic_tpu_write.write_rows(pages, _within(rows, pages), write_slots)
-        return written
+def _scatter(
+    pages: Float[Array, "pages page_size rows H"], rows: Float[Array, "T rows H"], write_slots: Int[Array, " T"]
+) -> Float[Array, "pages page_size rows H"]:
     flat = pages.reshape(-1, *pages.shape[2:])
     return flat.at[write_slots].set(_as_stored(rows, pages), mode="drop").reshape(pages.shape)
 
@@ -111,7 +103,10 @@ def _within(rows: Float[Array, "T rows H"], pages: Float[Array, "pages ..."]) ->
 
 def paged_attention(
     q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"] | None,
+    v: Float[Array, "T K H"] | None,
     kv_pages: Float[Array, "pages ..."],
+    write_slots: Int[Array, " T"],
     page_tables: Int[Array, "B max_pages"],
     query_start: Int[Array, " B+1"],
     kv_lens: Int[Array, " B"],
@@ -125,18 +120,22 @@ def paged_attention(
     chunk: int | None = None,
     value_dim: int | None = None,
     implementation: Implementation,
-) -> Float[Array, "T N V"]:
-    """Causal attention of packed query tokens, each over the pages of its own request.
+) -> tuple[Float[Array, "T N V"], Float[Array, "pages ..."]]:
+    """Writes the step's keys and values to their pages; causal attention of its tokens, each over its own request's pages.
 
-    Row b's query tokens are query_start[b]:query_start[b + 1], the last of its kv_lens[b] tokens, whose keys are already in
-    the pool. The token at position p sees positions max(0, p - window + 1) to p.
+    Row b's query tokens are query_start[b]:query_start[b + 1], the last of its kv_lens[b] tokens. The token at position p sees
+    positions max(0, p - window + 1) to p. Rows may share pages that one of them fills in this call, if that one has several
+    tokens and the others come after it or have one.
 
     Args:
         q: queries.
-        kv_pages: one layer's pool, laid out as pages_shape has it.
+        k, v: keys and values of the same tokens; None where the pool has them already.
+        kv_pages: one layer's pool, laid out as pages_shape has it; updated in place when donated.
+        write_slots: where each token's key and value go: page * page_size + offset, as page_tables has it; past the pool for
+            a token not in use.
         page_tables: pages of each row, in order; entries past kv_lens are never read.
         query_start: start of each row's tokens in q; its last entry is the number of tokens in use.
-        kv_lens: keys of each row, 0 for an unused row.
+        kv_lens: keys of each row, those of its query tokens included; 0 for an unused row.
         num_single_rows: rows with exactly one token come first; this is how many there are. With T = B there are no others.
         sinks: a logit for each head that takes part in the softmax without a value (gpt-oss).
         alibi: a slope for each head: slope * (key position - query position) is added to the logits. In bfloat16, as Falcon
@@ -145,20 +144,25 @@ def paged_attention(
         window: keys that a token sees, itself included; None for all.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         chunk: a token sees only keys of its own chunk of this many positions.
-        value_dim: each row of the pool is a key of its own, and its first value_dim numbers are the value (latent attention).
+        value_dim: each row of the pool is a key of its own, and its first value_dim numbers are the value (latent attention);
+            v is None.
         implementation: the back end; a GPU's that cannot do these shapes leaves them to the XLA loops, and says so once.
             "reference" is the only one with a gradient, and needs every token of q to be in use.
 
     Returns:
-        [T, N, value_dim or H], in q's type; rows of tokens not in use are unspecified, and may be NaN.
+        ([T, N, value_dim or H], in q's type, the pool). Rows of tokens not in use are unspecified, and may be NaN.
     """
-    arguments = (q, kv_pages, page_tables, query_start, kv_lens, num_single_rows, sinks)
+    rows = (page_tables, query_start, kv_lens, num_single_rows, sinks)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk, "value_dim": value_dim}
     if implementation == "mosaic_tpu":
         from jaxserve.pallas_kernels.paged_attention import mosaic_tpu
 
-        attended: Array = mosaic_tpu.paged_attention(*arguments, alibi, **options)
-        return attended
+        new = k if k is None or v is None else jnp.concatenate([k, v], axis=-1)
+        new = None if new is None else _within(new, kv_pages)
+        attended, kv_pages = mosaic_tpu.paged_attention(q, new, kv_pages, *rows, alibi, **options)
+        return attended, kv_pages
+    if k is not None:
+        kv_pages = write_kv(kv_pages, k, v, write_slots, implementation)
     if implementation == "mosaic_gpu":
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
 
@@ -167,13 +171,13 @@ def paged_attention(
                 raise NotImplementedError("no kernel has ALiBi, chunks or latent rows")
             decode_only = q.shape[0] == page_tables.shape[0]
             out: Array = mosaic_gpu.paged_attention(
-                *arguments, scale=scale, window=window, softcap=softcap, decode_only=decode_only
+                q, kv_pages, *rows, scale=scale, window=window, softcap=softcap, decode_only=decode_only
             )
-            return out
+            return out, kv_pages
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
     attend = reference.paged_attention if implementation == "reference" else xla.paged_attention
-    return attend(*arguments, alibi, **options)
+    return attend(q, kv_pages, *rows, alibi, **options), kv_pages
 
 
 @functools.cache

@@ -62,10 +62,10 @@ def choose_blocks(num_kv_heads: int, group: int, lanes: int, page_size: int, ite
 
 
 def vmem_bytes(blocks: Blocks, num_kv_heads: int, group: int, lanes: int, itemsize: int) -> int:
-    """What a call keeps in VMEM: two blocks each of pages, queries and results, the softmax' state, one head's logits."""
+    """What a call keeps in VMEM: two blocks each of pages, queries, results and new rows, the softmax' state, one head's logits."""
     rows = -(-blocks.query * group // 16) * 16  # whole tiles of 16-bit numbers
     pages = 2 * num_kv_heads * blocks.key * lanes * itemsize
-    queries = 2 * 2 * num_kv_heads * rows * lanes * 2
+    queries = 2 * (2 * rows + max(blocks.query, 16)) * num_kv_heads * lanes * 2
     state = num_kv_heads * rows * (lanes + 2 * LANES) * 4
     logits = 4 * rows * blocks.key * 4 + 2 * blocks.key * lanes * 4
     return pages + queries + state + logits

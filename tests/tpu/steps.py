@@ -53,7 +53,7 @@ def compile_step(build: Build, name: str) -> Any:
 
 
 def check_step(build: Build, compiled: Any) -> None:
-    """It attends and writes by kernels, and leaves the pools where they are."""
+    """It attends by kernels, and leaves the pools where they are."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     caches = build.inputs().state.caches
     local = [x.sharding.shard_shape(x.shape) for x in caches]
@@ -66,7 +66,7 @@ def check_step(build: Build, compiled: Any) -> None:
         assert not re.search(rf"\[{dims}\]\S* (copy|copy-start|transpose|all-gather|all-gather-start)\(", text), (
             "a pool is copied"
         )
-    assert "write_pages" in text and "paged_attention_decode" in text
+    assert "paged_attention_decode" in text
 
 
 def count_collectives(text: str) -> dict[str, int]:
