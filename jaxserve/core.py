@@ -202,6 +202,7 @@ def load_core(
         dtype=resolve_dtype(dtype, platform, source),
         kv_repeat=lambda heads: kv_repeat(heads, mesh.shape[MODEL_AXIS]),
         context=max_model_len,
+        outputs_first=platform == "cpu",
     )
     weights = load_weights(source, description, sharding_for=Shardings(mesh).of, seed=seed)
     runtime = Runtime(platform, mesh, choose_implementation(platform, device.device_kind))

@@ -277,6 +277,7 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
         context=config.model.max_model_len,
         quantization=config.model.quantization,
         keep_quantized=True,
+        outputs_first=platform == "cpu",
     )
     _check_quantization(config, source, model)
     resolved = config.resolve(platform, model.max_model_len)
@@ -295,7 +296,7 @@ def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelD
             "the checkpoint's kv_cache_scheme has scales for 8-bit keys and values, which are not supported. "
             "Leave out --kv-cache-dtype fp8: keys and values are then kept in the model's dtype, which needs none."
         )
-    if all(parameter.form == "plain" for parameter in model.parameters):
+    if not any(parameter.is_quantized for parameter in model.parameters):
         log.warning(
             "the checkpoint's quantised weights are dequantised while they load: they have a scale for each block, or are not "
             "meant to be multiplied in 8 bits; --quantization fp8 rounds them again, with a scale for each channel"

@@ -39,5 +39,5 @@ def summary_of(build: Build, num_programs: int) -> dict[str, str]:
 
 def _matmuls(model: ModelDescription) -> str:
     """How many of the layers' matmuls are in 8 bits."""
-    forms = [parameter.form != "plain" for parameter in model.parameters if parameter.contract is not None]
+    forms = [parameter.is_quantized for parameter in model.parameters if parameter.contract is not None]
     return f", {sum(forms)} of {len(forms)} matmuls with weights of 8 bits" if any(forms) else ""

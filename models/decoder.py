@@ -17,7 +17,7 @@ from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
 from jaxserve.models.layers.layer_inputs import LayerInput, LayerInputs
-from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.layers.linear import OutputsFirst, linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.moe import Moe
@@ -223,7 +223,7 @@ class Decoder(nnx.Module):
         self.final_norm = Norm(d_model, final, dtype) if spec.final_norm else None
         self.embed_out = weight((d_model, width), ("embed", None), dtype) if spec.embed_dim else None
         head = (width, spec.vocab_size)  # never quantised: the logits are worth their bits
-        self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=width**-0.5)
+        self.lm_head = None if spec.tie_embeddings else parameter(head, ("embed", "vocab"), dtype, std=width**-0.5, inputs=1)
         self.head_bias = parameter((spec.vocab_size,), ("vocab",), dtype) if spec.head_bias else None
 
     def __call__(
@@ -255,7 +255,7 @@ class Decoder(nnx.Module):
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
         x = jnp.take(x, batch.logit_rows, axis=0, mode="clip")
-        return self._logits(x if self.streams is None else self.streams.merged(x)), tuple(arrays)
+        return self._logits(x if self.streams is None else self.streams.merged(x), runtime), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layers keep."""
@@ -287,15 +287,17 @@ class Decoder(nnx.Module):
         ropes = dict.fromkeys(layer.rope for layer in self.spec.layers)  # in the layers' order: same program every time
         return {rope: None if rope is None else rotation(rope, batch.positions) for rope in ropes}
 
-    def _logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    def _logits(self, x: Float[Array, "S D"], runtime: Runtime) -> Float[Array, "S V"]:
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.embed_out is not None:
             x = linear(x, self.embed_out.get_value())
-        if self.lm_head is None:
-            logits = linear(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
-        else:
+        if self.lm_head is not None:
             logits = linear(x, self.lm_head.get_value(), out_dtype=jnp.float32)
+        elif runtime.platform == "cpu":
+            logits = linear(x, OutputsFirst(self.embed.get_value()), out_dtype=jnp.float32)
+        else:
+            logits = linear(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
         if self.head_bias is not None:
             logits += self.head_bias.get_value().astype(jnp.float32)
         if self.spec.logit_multiplier != 1.0:

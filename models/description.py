@@ -17,12 +17,13 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.decoder import abstract_decoder
 from jaxserve.models.interface import AnyCacheSpec, LogicalAxes, Runtime, StepBatch
+from jaxserve.models.layers.linear import OutputsFirst
 from jaxserve.models.layers.quantized import FP8, Fp8Weight, fp8_layout
 from jaxserve.models.spec import DecoderSpec
 
 Quantization = Literal["fp8"]
-Form = Literal["plain", "fp8", "fp8_static"]
-"""How a parameter is held: as it is; as an Fp8Weight; as one with an input_scale."""
+Form = Literal["plain", "outputs_first", "fp8", "fp8_static"]
+"""How a parameter is held: as it is; with its input axes last, as an OutputsFirst; as an Fp8Weight; as one with an input_scale."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Parameter:
         mean, std: of the values that dummy weights take.
         contract: how many axes meet the input, where it may be quantised; else None.
         batch: axes before those.
+        inputs: how many leading axes meet the input, where it may be held outputs first.
     """
 
     path: str
@@ -44,26 +46,46 @@ class Parameter:
     std: float
     contract: int | None = None
     batch: int = 0
+    inputs: int | None = None
     form: Form = "plain"
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.form in ("fp8", "fp8_static")
+
+    @property
+    def turned(self) -> int:
+        """How many leading axes of `abstract` come last in the one array that it is held as."""
+        return (self.inputs or 0) if self.form == "outputs_first" else 0
+
+    @property
+    def unquantized(self) -> tuple[jax.ShapeDtypeStruct, LogicalAxes]:
+        """The array, perhaps turned, that is held as it is or quantised."""
+        (shape, axes), _ = fp8_layout(self.abstract.shape, self.axes, self.turned)
+        return jax.ShapeDtypeStruct(shape, self.abstract.dtype), axes
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What follows the path in the name of each of its arrays."""
-        return {"plain": ("",), "fp8": (".values", ".scales"), "fp8_static": (".values", ".scales", ".input_scale")}[self.form]
+        if not self.is_quantized:
+            return ("",)
+        return (".values", ".scales", ".input_scale") if self.form == "fp8_static" else (".values", ".scales")
 
     @property
     def arrays(self) -> tuple[tuple[jax.ShapeDtypeStruct, LogicalAxes], ...]:
-        """What the forward function takes for it: the parameter, or its 8-bit values and their scales."""
-        if self.form == "plain" or self.contract is None:
-            return ((self.abstract, self.axes),)
+        """What the forward function takes for it: the parameter, perhaps turned, or its 8-bit values and their scales."""
+        if not self.is_quantized or self.contract is None:
+            return (self.unquantized,)
         layout = (*fp8_layout(self.abstract.shape, self.axes, self.contract, self.batch), ((), ()))
         dtypes = (FP8, jnp.float32, jnp.float32)
         return tuple((jax.ShapeDtypeStruct(s, d), a) for (s, a), d, _ in zip(layout, dtypes, self.parts, strict=False))
 
-    def value(self, arrays: Iterator[Array]) -> Array | Fp8Weight:
+    def value(self, arrays: Iterator[Array]) -> Array | Fp8Weight | OutputsFirst:
         """What the module holds, from the next of these."""
         own = [next(arrays) for _ in self.parts]
-        return own[0] if self.form == "plain" else Fp8Weight(*own)
+        if self.is_quantized:
+            return Fp8Weight(*own)
+        return OutputsFirst(own[0]) if self.form == "outputs_first" else own[0]
 
 
 @dataclass(frozen=True)
@@ -119,24 +141,30 @@ class ModelDescription:
 
 
 def describe_decoder(
-    name: str, spec: DecoderSpec, dtype: DTypeLike, quantization: Quantization | None = None
+    name: str, spec: DecoderSpec, dtype: DTypeLike, quantization: Quantization | None = None, *, outputs_first: bool = False
 ) -> ModelDescription:
-    """Lays out the parameters of `spec` in `dtype`, those of the layers' matmuls quantised if asked for; allocates nothing."""
+    """Lays out the parameters of `spec` in `dtype`, those of the layers' matmuls quantised if asked for; allocates nothing.
+
+    Args:
+        outputs_first: hold matmuls' weights as checkpoints do, which suits CPUs.
+    """
     decoder = abstract_decoder(spec, dtype)
     graphdef, state = nnx.split(decoder)
     leaves, treedef = jax.tree.flatten(state)
     parameters = tuple(
-        _parameter(".".join(map(str, path)), variable, leaf, quantization)
+        _parameter(".".join(map(str, path)), variable, leaf, quantization, outputs_first)
         for (path, variable), leaf in zip(nnx.to_flat_state(state), leaves, strict=True)
     )
     return ModelDescription(name, spec, parameters, decoder.cache_specs(), graphdef, treedef)
 
 
 def _parameter(
-    path: str, variable: nnx.Variable[Any], leaf: jax.ShapeDtypeStruct, quantization: Quantization | None
+    path: str, variable: nnx.Variable[Any], leaf: jax.ShapeDtypeStruct, quantization: Quantization | None, outputs_first: bool
 ) -> Parameter:
     meta = variable.get_metadata()
-    contract, batch = meta["contract"], meta["batch"]
+    contract, batch, inputs = meta["contract"], meta["batch"], meta["inputs"]
+    form: Form = "outputs_first" if outputs_first and inputs is not None else "plain"
     # Experts are dequantised in every step, as their products take no 8 bits: that pays only where a checkpoint has them so.
-    form: Form = "fp8" if quantization and contract is not None and not batch else "plain"
-    return Parameter(path, leaf, meta["logical_axes"], meta["mean"], meta["std"], contract, batch, form)
+    if quantization and contract is not None and not batch:
+        form = "fp8"
+    return Parameter(path, leaf, meta["logical_axes"], meta["mean"], meta["std"], contract, batch, inputs, form)

@@ -106,7 +106,9 @@ def spy(source: ModelSource, reads: dict[str, list[tuple[int, ...]]]) -> ModelSo
 def test_weights_are_never_whole_on_a_device(devices: int, tmp_path: Path) -> None:
     reads: dict[str, list[tuple[int, ...]]] = {}
     source = spy(open_source(str(write_model(tmp_path, 160))), reads)
-    model = describe_model(source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices))
+    model = describe_model(
+        source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices), outputs_first=devices == 4
+    )
     weights = load_weights(source, model, sharding_for=Shardings(make_mesh(devices)).of)
     for parameter, weight in zip(model.parameters, weights, strict=True):
         sizes = {shard.data.size for shard in weight.addressable_shards}

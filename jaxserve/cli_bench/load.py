@@ -1,8 +1,9 @@
 """how fast weights get from a safetensors file to the devices
 
-Writes a made-up Llama checkpoint in bfloat16 and loads it, beside reading the same bytes with as many threads and doing nothing
-with them. The files are in the page cache both times, so this is about the work, not the disk. Host memory is what the process
-holds beyond its start, without mapped files; on a CPU the weights themselves are host memory, and are counted apart.
+Writes a made-up Llama checkpoint in bfloat16 and loads it (in bfloat16 too, unless told), beside reading the same bytes with as
+many threads and doing nothing with them. The files are in the page cache both times, so this is about the work, not the disk.
+Host memory is what the process holds beyond its start, without mapped files; on a CPU the weights themselves are host memory,
+and are counted apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoint is written and then removed (default: a temporary folder)"
     )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights as they are held")
     parser.add_argument("--repeats", type=int, default=3, help="the best of so many loads counts (default: 3)")
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         num_bytes = write_checkpoint(Path(folder), args.gb)
         read_bytes(Path(folder))  # into the page cache
         read_s = min(read_bytes(Path(folder)) for _ in range(args.repeats))
-        loads = [load(Path(folder)) for _ in range(args.repeats)]
+        loads = [load(Path(folder), args.dtype) for _ in range(args.repeats)]
     best = min(loads, key=lambda found: found["seconds"])
     result = {
         "gb": round(num_bytes / 1e9, 3),
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         "peak_host_gb": round(max(found["peak_bytes"] for found in loads) / 1e9, 3),
         "peak_host_without_weights_gb": round(max(found["peak_bytes"] - found["host_weights"] for found in loads) / 1e9, 3),
         "device": best["device"],
+        "dtype": args.dtype,
         "threads": _num_threads(),
     }
     print(json.dumps(result, indent=1))
@@ -104,7 +107,7 @@ def read_bytes(folder: Path) -> float:
     return time.perf_counter() - started_s
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, dtype: str) -> dict[str, Any]:
     """Seconds and peak host memory of a load."""
     import jax
     import jax.numpy as jnp
@@ -112,14 +115,13 @@ def load(folder: Path) -> dict[str, Any]:
     from jaxserve.models.loading import describe_model, load_weights, open_source
     from jaxserve.sharding import Shardings, make_mesh
 
-    to, before = Shardings(make_mesh(1)), _host_bytes()
+    device, to, before = jax.devices()[0], Shardings(make_mesh(1)), _host_bytes()
     with _Peak() as peak:
         started_s = time.perf_counter()
         source = open_source(str(folder))
-        model = describe_model(source, dtype=jnp.dtype("bfloat16"), kv_repeat=lambda heads: 1)
+        model = describe_model(source, dtype=jnp.dtype(dtype), outputs_first=device.platform == "cpu")
         weights = jax.block_until_ready(load_weights(source, model, sharding_for=to.of))
         seconds = time.perf_counter() - started_s
-    device = jax.devices()[0]
     held = sum(w.nbytes for w in weights) if device.platform == "cpu" else 0
     for weight in weights:
         weight.delete()

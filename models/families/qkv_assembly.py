@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, whole
+from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, aligned, as_bits, whole
 from jaxserve.models.spec import MlaSpec
 
 QkvLayout = Literal["apart", "concatenated", "grouped", "codegen"]
@@ -56,16 +56,17 @@ class Qkv(Assembly):
         q = read(0, heads.start * mixer.group_size, heads.stop * mixer.group_size)
         k, v = (read(part, first, last) for part in (1, 2))
         by_head = self._empty((len(copies), mixer.group_size + 2, *q.shape[1:]), q.dtype)
+        bits, (q, k, v) = as_bits(by_head), map(as_bits, (q, k, v))
         for i, copy in enumerate(copies.tolist()):
-            by_head[i, :-2] = q[i * mixer.group_size : (i + 1) * mixer.group_size]
-            by_head[i, -2], by_head[i, -1] = k[copy], v[copy]
+            bits[i, :-2] = q[i * mixer.group_size : (i + 1) * mixer.group_size]
+            bits[i, -2], bits[i, -1] = k[copy], v[copy]
         return np.moveaxis(by_head, (0, 1, 2), (-3, -2, -1))[..., group, dims]
 
     def _empty(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
         """[heads, group, H, *inputs], in memory with the inputs where the checkpoint has them."""
         if not self.is_transposed:
-            return np.empty(shape, dtype)
-        return np.moveaxis(np.empty((*shape[3:], *shape[:3]), dtype), (-3, -2, -1), (0, 1, 2))
+            return aligned(shape, dtype)
+        return np.moveaxis(aligned((*shape[3:], *shape[:3]), dtype), (-3, -2, -1), (0, 1, 2))
 
     def _read_heads(
         self, tensors: Sequence[ReadTensor], tensor: int, head: int, count: int, head_dim: int, inputs: Sequence[slice]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,18 @@ from jaxserve.models.interface import LogicalAxes
 from jaxserve.models.layers.quantized import Fp8Weight, linear_fp8
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputsFirst:
+    """A matmul's weight as torch's checkpoints have it, so that a CPU need not turn it over while it loads.
+
+    Attributes:
+        values: [*out, *in].
+    """
+
+    values: Float[Array, ...]
+
+
 def parameter(
     shape: Sequence[int],
     axes: LogicalAxes,
@@ -24,6 +37,7 @@ def parameter(
     std: float = 0.02,
     contract: int | None = None,
     batch: int = 0,
+    inputs: int | None = None,
 ) -> nnx.Param[jax.Array]:
     """A parameter with its logical axes. Zeros until weights are loaded; abstract under nnx.eval_shape.
 
@@ -31,13 +45,15 @@ def parameter(
         mean, std: of the values that dummy weights take.
         contract: for what may be quantised, as its layer reads an Fp8Weight: how many axes meet the input.
         batch: axes before those, which stay apart: the experts.
+        inputs: for what only `linear` reads, which may then be OutputsFirst: how many leading axes meet the input.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, mean=mean, std=std, contract=contract, batch=batch)
+    zeros = jnp.zeros(shape, dtype)
+    return nnx.Param(zeros, logical_axes=axes, mean=mean, std=std, contract=contract, batch=batch, inputs=inputs)
 
 
 def weight(shape: Sequence[int], axes: LogicalAxes, dtype: DTypeLike, *, contract: int = 1) -> nnx.Param[jax.Array]:
     """A matmul's parameter for `linear`, whose first `contract` axes meet the input; quantised when that is asked for."""
-    return parameter(shape, axes, dtype, std=math.prod(shape[:contract]) ** -0.5, contract=contract)
+    return parameter(shape, axes, dtype, std=math.prod(shape[:contract]) ** -0.5, contract=contract, inputs=contract)
 
 
 def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
@@ -47,7 +63,7 @@ def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
 
 def linear(
     x: Float[Array, "T ..."],
-    w: Float[Array, ...] | Fp8Weight,
+    w: Float[Array, ...] | Fp8Weight | OutputsFirst,
     bias: Float[Array, ...] | None = None,
     *,
     contract: int = 1,
@@ -63,15 +79,34 @@ def linear(
     if isinstance(w, Fp8Weight):
         y = linear_fp8(x, w, contract, out_dtype or x.dtype)
         return y if bias is None else y + bias
+    if isinstance(w, OutputsFirst):
+        y = _linear_outputs_first(x, w.values, contract, out_dtype or x.dtype)
+        return y if bias is None else y + bias
     x_axes = tuple(range(x.ndim - contract, x.ndim))
     w_axes = tuple(range(w.ndim - contract, w.ndim)) if transpose else tuple(range(contract))
-    # float32 is asked for to get float32: GPUs and TPUs would otherwise round the inputs to fewer bits.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jax.lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype)
+    y = jax.lax.dot_general(
+        x, w, ((x_axes, w_axes), ((), ())), precision=_precision(x), preferred_element_type=out_dtype or x.dtype
+    )
     return y if bias is None else y + bias
+
+
+def _linear_outputs_first(x: Array, w: Array, contract: int, out_dtype: DTypeLike) -> Array:
+    """With the weight on the left: XLA on a CPU packs the right side of a product anew each time, which takes as long as the
+    arithmetic of 16 rows, and reads the left side as it lies. But for the barrier it would swap them.
+    """
+    x = x.reshape(*x.shape[: x.ndim - contract], -1)  # several axes in common would be copied into one in each step
+    w = w.reshape(*w.shape[: w.ndim - contract], -1)
+    axes = ((w.ndim - 1,), (x.ndim - 1,))
+    y = jax.lax.dot_general(w, x, (axes, ((), ())), precision=_precision(x), preferred_element_type=out_dtype)
+    rows = x.ndim - 1
+    return jnp.moveaxis(jax.lax.optimization_barrier(y), range(y.ndim - rows, y.ndim), range(rows))
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """float32 is asked for to get float32: GPUs and TPUs would otherwise round the inputs to fewer bits."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def linear_by_head(x: Float[Array, "T N A"], w: Float[Array, "N A B"]) -> Float[Array, "T N B"]:
     """Each head's x times its own matrix."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("TNA,NAB->TNB", x, w, precision=precision, preferred_element_type=x.dtype)
+    return jnp.einsum("TNA,NAB->TNB", x, w, precision=_precision(x), preferred_element_type=x.dtype)

@@ -36,18 +36,19 @@ def fp8_layout(
     shape: tuple[int, ...], axes: LogicalAxes, contract: int, batch: int = 0
 ) -> tuple[tuple[tuple[int, ...], LogicalAxes], ...]:
     """Shape and logical axes of values and scales, for a weight [*batch, *in, *out] with `contract` input axes."""
-    order = _inputs_last(len(shape), contract, batch)
+    order = inputs_last(len(shape), contract, batch)
     kept = order[: len(shape) - contract]
     return tuple((tuple(shape[i] for i in part), tuple(axes[i] for i in part)) for part in (order, kept))
 
 
-def _inputs_last(ndim: int, contract: int, batch: int) -> tuple[int, ...]:
+def inputs_last(ndim: int, contract: int, batch: int = 0) -> tuple[int, ...]:
+    """The order of axes that makes [*batch, *out, *in] of [*batch, *in, *out]."""
     return (*range(batch), *range(batch + contract, ndim), *range(batch, batch + contract))
 
 
 def put_inputs_last(w: Float[Array, ...], contract: int, batch: int = 0) -> Float[Array, ...]:
     """[*batch, *in, *out] as [*batch, *out, *in]."""
-    return w.transpose(_inputs_last(w.ndim, contract, batch))
+    return w.transpose(inputs_last(w.ndim, contract, batch))
 
 
 def quantize_fp8(w: Float[Array, ...], contract: int, batch: int = 0) -> Fp8Weight:

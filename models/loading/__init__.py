@@ -58,6 +58,7 @@ def describe_model(
     context: int | None = None,
     quantization: Quantization | None = None,
     keep_quantized: bool = False,
+    outputs_first: bool = False,
 ) -> ModelDescription:
     """The model's parameters and its forward function, before any weight is read.
 
@@ -67,9 +68,10 @@ def describe_model(
         kv_repeat: how often to hold each kv head, from the number that a layer's checkpoint has.
         keep_quantized: multiply by 8-bit weights that the checkpoint holds, where it has a scale for each channel or for
             all; otherwise, and where it has one for each block, they are dequantised while they load.
+        outputs_first: hold the weights of matmuls as the checkpoint does, which suits CPUs.
     """
     spec = source.spec.with_kv_repeat(kv_repeat).for_context(context)
-    model = describe_decoder(source.architecture.name, spec, dtype, quantization)
+    model = describe_decoder(source.architecture.name, spec, dtype, quantization, outputs_first=outputs_first)
     return keep_fp8(model, source) if keep_quantized else model
 
 

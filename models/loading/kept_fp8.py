@@ -48,7 +48,7 @@ def load_kept(
     shardings = [sharding_for(axes, abstract.shape) for abstract, axes in parameter.arrays]
     read_values = partial(assembly.read, [tensor.values.read for tensor in scaled], target)
     values = place_parts(shape, np.dtype(FP8), sharding_for(parameter.axes, shape), read_values)
-    turned = _turner(contract, batch, shardings[0])(values)
+    turned = turner(contract, batch, shardings[0])(values)
     values.delete()
 
     def read_scales(index: Index) -> np.ndarray:
@@ -65,6 +65,6 @@ def load_kept(
 
 
 @cache
-def _turner(contract: int, batch: int, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    """The program that gives parameters the layout of an Fp8Weight's values, on the devices where they are."""
+def turner(contract: int, batch: int, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """The program that puts the input axes of parameters last, on the devices where they are."""
     return jax.jit(partial(put_inputs_last, contract=contract, batch=batch), out_shardings=sharding)

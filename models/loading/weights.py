@@ -16,10 +16,10 @@ from jax.sharding import Sharding
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.description import ModelDescription, Parameter
-from jaxserve.models.families.assembly import Assembly, Target
+from jaxserve.models.families.assembly import Assembly, Index, Target
 from jaxserve.models.interface import ShardingFor
-from jaxserve.models.layers.quantized import FP8_MAX, quantize_fp8
-from jaxserve.models.loading.kept_fp8 import can_keep, choose_form, load_kept
+from jaxserve.models.layers.quantized import FP8_MAX, inputs_last, put_inputs_last, quantize_fp8
+from jaxserve.models.loading.kept_fp8 import can_keep, choose_form, load_kept, turner
 from jaxserve.models.loading.placing import place_parts
 from jaxserve.models.loading.source import ModelSource
 
@@ -118,12 +118,18 @@ def _some(names: list[str]) -> str:
 
 
 def _load(job: _Job, source: ModelSource, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
-    shape, dtype = job.parameter.abstract.shape, job.parameter.abstract.dtype
-    stored = [source.tensors[name] for name in job.names]
-    if job.parameter.form != "plain" and can_keep(stored):
-        return load_kept(stored, job.parameter, job.target, job.assembly, sharding_for)
+    parameter, stored = job.parameter, [source.tensors[name] for name in job.names]
+    if parameter.is_quantized and can_keep(stored):
+        return load_kept(stored, parameter, job.target, job.assembly, sharding_for)
     read = partial(job.assembly.read, [tensor.read for tensor in stored], job.target)
-    return _stored(place_parts(shape, dtype, sharding_for(job.parameter.axes, shape), read), job.parameter, sharding_for)
+
+    def read_turned(index: Index) -> np.ndarray:
+        outputs = len(index) - parameter.turned
+        return read((*index[outputs:], *index[:outputs])).transpose(inputs_last(len(index), parameter.turned))
+
+    abstract, axes = parameter.unquantized
+    placed = place_parts(abstract.shape, abstract.dtype, sharding_for(axes, abstract.shape), read_turned)
+    return _stored(placed, parameter, sharding_for) if parameter.is_quantized else (placed,)
 
 
 def draw_weights(
@@ -133,22 +139,22 @@ def draw_weights(
     key = jax.random.key(seed)
     weights: list[jax.Array] = []
     for done, parameter in enumerate(model.parameters, start=1):
-        shape = parameter.abstract.shape
-        draw = _drawer(shape, parameter.abstract.dtype, sharding_for(parameter.axes, shape))
+        abstract, axes = parameter.unquantized
+        draw = _drawer(parameter.abstract.shape, abstract.dtype, parameter.turned, sharding_for(axes, abstract.shape))
         drawn = draw(key, np.uint32(zlib.crc32(parameter.path.encode())), parameter.mean, parameter.std)
-        weights += _stored(drawn, parameter, sharding_for)
+        weights += _stored(drawn, parameter, sharding_for) if parameter.is_quantized else (drawn,)
         if on_progress:
             on_progress("weights", done, len(model.parameters))
     return tuple(weights)
 
 
 @cache
-def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+def _drawer(shape: tuple[int, ...], dtype: np.dtype, turned: int, sharding: Sharding) -> Callable[..., jax.Array]:
     """The program that draws one parameter; there are few, as layers are alike."""
 
     def draw(key: jax.Array, name: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, name), shape, dtype)
-        return (mean + std * noise).astype(dtype)
+        return put_inputs_last((mean + std * noise).astype(dtype), turned)
 
     return jax.jit(draw, out_shardings=sharding)
 
@@ -161,8 +167,13 @@ def store_weights(model: ModelDescription, arrays: tuple[jax.Array, ...], shardi
 
 def _stored(array: jax.Array, parameter: Parameter, sharding_for: ShardingFor) -> tuple[jax.Array, ...]:
     """The arrays that the forward function takes for a parameter."""
-    if parameter.form == "plain" or parameter.contract is None:
-        return (array,)
+    if not parameter.is_quantized or parameter.contract is None:
+        if not parameter.turned:
+            return (array,)
+        abstract, axes = parameter.unquantized
+        turned = turner(parameter.turned, 0, sharding_for(axes, abstract.shape))(array)
+        array.delete()
+        return (turned,)
     shardings = tuple(sharding_for(axes, abstract.shape) for abstract, axes in parameter.arrays)
     values, scales = _quantizer(parameter.contract, parameter.batch, shardings[:2])(array)
     array.delete()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.layers.linear import linear
+from jaxserve.models.layers.linear import OutputsFirst, linear
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import inverse_frequencies, rotate, rotation
@@ -26,6 +26,8 @@ def test_linear_contracts_leading_axes() -> None:
     x, w, bias = normal(5, 3, 4), normal(3, 4, 6, 7), normal(6, 7)
     wanted = np.einsum("tnh,nhab->tab", x, w) + bias
     np.testing.assert_allclose(linear(x, w, bias, contract=2), wanted, rtol=1e-5, atol=1e-5)
+    turned = OutputsFirst(w.transpose(2, 3, 0, 1))
+    np.testing.assert_allclose(linear(x, turned, bias, contract=2), wanted, rtol=1e-5, atol=1e-5)
     table = normal(9, 4)
     np.testing.assert_allclose(linear(x[:, 0], table, transpose=True), x[:, 0] @ table.T, rtol=1e-5, atol=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -25,11 +26,13 @@ def convert(tmp_path: Path, case: str, *options: str) -> tuple[Path, Path]:
 
 def load(folder: Path, devices: int) -> dict[str, np.ndarray]:
     source = open_source(str(folder))
-    model = describe_model(source, dtype=jnp.float32, kv_repeat=lambda heads: kv_repeat(heads, devices))
+    repeat = partial(kv_repeat, tensor_parallel_size=devices)
+    model = describe_model(source, dtype=jnp.float32, kv_repeat=repeat, outputs_first=devices > 1)
     shardings = Shardings(make_mesh(devices))
     weights = load_weights(source, model, sharding_for=shardings.of)
     for parameter, weight in zip(model.parameters, weights, strict=True):
-        assert weight.sharding == shardings.of(parameter.axes, weight.shape), parameter.path
+        ((abstract, axes),) = parameter.arrays
+        assert weight.shape == abstract.shape and weight.sharding == shardings.of(axes, weight.shape), parameter.path
     return {p.path: np.asarray(w) for p, w in zip(model.parameters, weights, strict=True)}
 
 

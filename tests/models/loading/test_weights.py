@@ -14,9 +14,11 @@ import pytest
 from jaxserve.models.families.assembly import Assembly, Halves, Index, Projection, Same, Stack, Target, memory_order, stack
 from jaxserve.models.families.moe_assembly import ExpertDown, ExpertUp, FusedDown, FusedUp, StackedRows
 from jaxserve.models.families.qkv_assembly import HeadNorm, LatentUp, Qkv
+from jaxserve.models.layers.quantized import put_inputs_last
 from jaxserve.models.loading import describe_model, load_weights, open_source
 from jaxserve.models.loading.placing import turned_on_device, turned_on_host
 from jaxserve.models.spec import AttentionSpec, LayerSpec, MlaSpec, MlpSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
+from jaxserve.sharding import Shardings, make_mesh
 from tests.goldens import cases
 from tests.models.forward import one_device
 
@@ -153,6 +155,20 @@ def test_stack_keeps_the_order_of_memory() -> None:
         assert [stacked.shape[i] for i in memory_order(stacked)] == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("case, devices", [("llama", 1), ("gpt2", 2), ("mixtral", 2)])
+def test_outputs_first_is_plain_turned(case: str, devices: int, tmp_path: Path) -> None:
+    """Checkpoints of both orders, and experts, which are never turned."""
+    source = open_source(str(cases.write_checkpoint(tmp_path, case)))
+    sharding_for = Shardings(make_mesh(devices)).of
+    plain, turned = (describe_model(source, dtype=jnp.bfloat16, outputs_first=is_so) for is_so in (False, True))
+    read = load_weights(source, turned, sharding_for=sharding_for)
+    for parameter, want, got in zip(turned.parameters, load_weights(source, plain, sharding_for=sharding_for), read, strict=True):
+        ((abstract, axes),) = parameter.arrays
+        assert got.shape == abstract.shape and got.sharding == sharding_for(axes, got.shape), parameter.path
+        np.testing.assert_array_equal(got, put_inputs_last(want, parameter.turned), err_msg=parameter.path)
+    assert {"outputs_first", "plain"} == {parameter.form for parameter in turned.parameters}
+
+
 def test_progress_counts_every_parameter(tmp_path: Path) -> None:
     source = open_source(str(cases.write_checkpoint(tmp_path, "llama")))
     model = describe_model(source, dtype=jnp.float32)
@@ -161,10 +177,10 @@ def test_progress_counts_every_parameter(tmp_path: Path) -> None:
     assert seen == [("weights", i + 1, len(model.parameters)) for i in range(len(model.parameters))]
 
 
-def dummy(tmp_path: Path, seed: int) -> dict[str, jax.Array]:
+def dummy(tmp_path: Path, seed: int, outputs_first: bool = False) -> dict[str, jax.Array]:
     (tmp_path / "config.json").write_text(json.dumps(cases.read_config("gemma3_text") | {"hidden_size": 256}))
     source = open_source(str(tmp_path), "dummy")
-    model = describe_model(source, dtype=jnp.bfloat16)
+    model = describe_model(source, dtype=jnp.bfloat16, outputs_first=outputs_first)
     assert source.kind == "dummy"
     weights = load_weights(source, model, sharding_for=one_device, seed=seed)
     assert [(w.shape, w.dtype) for w in weights] == [(a.shape, a.dtype) for a in model.abstract]
@@ -176,6 +192,8 @@ def test_dummy_weights(tmp_path: Path) -> None:
     assert all((weights[path] == again[path]).all() for path in weights)
     assert not (weights["embed"] == other["embed"]).all()
     assert not (weights["layers.0.mixer.qkv"] == weights["layers.1.mixer.qkv"]).all()
+    turned = dummy(tmp_path, 0, outputs_first=True)["layers.0.mixer.qkv"]
+    np.testing.assert_array_equal(turned, put_inputs_last(weights["layers.0.mixer.qkv"], 1))
     spread = {path: float(w.astype(jnp.float32).std()) for path, w in weights.items()}
     assert spread["layers.0.mixer.qkv"] == pytest.approx(256**-0.5, rel=0.05)
     assert spread["layers.0.mixer.out"] == pytest.approx((4 * 32) ** -0.5, rel=0.05)
