@@ -243,16 +243,17 @@ def compile_programs(
     threads: int = 8,
 ) -> Programs:
     """Compiles the whole list, in parallel: tracing shares Python, XLA's compiler does not."""
-    programs = declare_programs(inputs, apply_model, runtime)
-    compiled: dict[Hashable, jax.stages.Compiled] = {}
-    reports = []
+    *programs, smallest = declare_programs(inputs, apply_model, runtime)
+    # Alone, before the threads: of two that open jax's compile cache at once, one finds it in no state and goes without.
+    executable, report = compile_program(smallest, runtime, traces)
+    compiled, reports = {smallest.key: executable}, [report]
     with ThreadPoolExecutor(threads) as pool:
         jobs = {pool.submit(compile_program, program, runtime, traces): program for program in programs}
-        for done, job in enumerate(as_completed(jobs), start=1):
+        for job in as_completed(jobs):
+            if on_progress is not None:
+                on_progress("compile", len(reports) + 1, len(jobs) + 1)
             compiled[jobs[job].key], report = job.result()
             reports.append(report)
-            if on_progress is not None:
-                on_progress("compile", done, len(jobs))
     return Programs(compiled, tuple(reports))
 
 

@@ -35,6 +35,16 @@ _CHECKED = ["models.decoder", "models.layers", "pallas_kernels", "sampler"]
 install_import_hook([f"jaxserve.{name}" for name in _CHECKED], f"{tests.check_arrays.__name__}.check_arrays")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles() -> Iterator[None]:
+    """Compiling is what tests of small models spend their time on; each program runs a few times only. Others override this."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def compiled_in_steps() -> Iterator[list[str]]:
     """What is compiled inside an engine's methods, on whichever thread they run: a new one must have compiled it all before."""

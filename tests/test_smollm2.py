@@ -22,8 +22,13 @@ from tests.server.conftest import served
 REFERENCE = json.loads((Path(__file__).parent / "data" / "smollm2_reference.json").read_text())
 CASES: list[dict[str, Any]] = REFERENCE["cases"]
 NEAR_TIE = 0.02  # gap of the reference's own two best logits below which either may win
-OPTIONS: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 512}
+OPTIONS: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_batched_tokens": 128}
 GREEDY = SamplingParams(temperature=0, max_tokens=REFERENCE["max_tokens"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles() -> None:
+    """Programs run for longer than they compile here."""
 
 
 @pytest.fixture(scope="module")

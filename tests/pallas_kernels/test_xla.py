@@ -16,11 +16,16 @@ RARE: list[dict] = [
     *({"value_dim": 24}, {"value_dim": 32, "alibi": "float32"}),
 ]
 
+ALIKE: list[tuple[list[int], list[int]]] = [([1, 1, 1], [0, 5, 300]), ([70, 3], [0, 129]), ([1], [0]), ([130], [63])]
+
 
 @pytest.mark.parametrize("page_size, options", [(n, o) for n in (16, 64) for o in OPTIONS] + [(16, o) for o in RARE])
 @pytest.mark.parametrize(
     "query_lens, prefixes",
-    [([1, 1, 1], [0, 5, 300]), ([70, 3], [0, 129]), ([1, 1, 2, 65, 40], [17, 200, 1, 100, 0]), ([1], [0]), ([130], [63])],
+    [
+        ([1, 1, 2, 65, 40], [17, 200, 1, 100, 0]),
+        *(pytest.param(*case, marks=pytest.mark.extra) for case in ALIKE),
+    ],
 )
 def test_matches_reference(page_size: int, options: dict, query_lens: list[int], prefixes: list[int]) -> None:
     options = dict(options)

@@ -9,6 +9,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles() -> None:
+    """Compiles as users do."""
+
+
 @pytest.fixture
 def no_compile_cache() -> Iterator[None]:
     """What is compiled for absent devices cannot be read back."""
