@@ -90,6 +90,12 @@ class CompileConfig:
         None, "where compiled programs are kept (~/.cache/jaxserve/xla); the empty string turns the cache off"
     )
 
+    matmul_kernel: Literal["xla", "mosaic_gpu"] = option(
+        "xla",
+        "mosaic_gpu: on one H100 or H200, up to 128 rows go through a kernel that streams the weights; with 8-bit weights the "
+        "activations then stay bfloat16. Not measured yet",
+    )
+
     @property
     def cache_path(self) -> Path | None:
         if self.compilation_cache_dir == "":

@@ -40,7 +40,7 @@ from jaxserve.models.loading import (
 )
 from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
-from jaxserve.pallas_kernels.paged_attention import choose_implementation
+from jaxserve.pallas_kernels.paged_attention import Implementation, choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import ProgramInputs, ProgramReport, Programs, Progress, compile_programs
@@ -284,7 +284,17 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
-    return Build(resolved, model, Runtime(platform, mesh, attention, layout), Shardings(mesh, attention), dtype)
+    _check_matmul_kernel(config, mesh, attention)
+    runtime = Runtime(platform, mesh, attention, layout, config.compile.matmul_kernel)
+    return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
+
+
+def _check_matmul_kernel(config: EngineConfig, mesh: Mesh, attention: Implementation) -> None:
+    if config.compile.matmul_kernel == "mosaic_gpu" and (attention != "mosaic_gpu" or mesh.size > 1):
+        devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        raise ConfigError(
+            f"--matmul-kernel mosaic_gpu runs on one H100 or H200, without --tensor-parallel-size; got {devices}. Leave it out."
+        )
 
 
 def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelDescription) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "CacheKind",
     "CacheSpec",
     "LogicalAxes",
+    "MatmulKernel",
     "PagePlaces",
     "Runtime",
     "ShardingFor",
@@ -35,6 +36,9 @@ LogicalAxes = tuple[str | None, ...]
 
 embed: model width D. vocab: V. heads/kv_heads: N/K. ffn: F. experts: E. None: never sharded.
 """
+
+MatmulKernel = Literal["xla", "mosaic_gpu"]
+"""What multiplies few rows by weights; all other rows are XLA's."""
 
 ShardingFor = Callable[[LogicalAxes, tuple[int, ...]], Sharding]
 """Gives the sharding of an array from its logical axes and its shape; handed to the loaders, which know no mesh."""
@@ -111,12 +115,14 @@ class Runtime:
         mesh: the devices; kernels run under shard_map over its `model` axis.
         attention: the attention kernel's back end.
         layout: of the caches; None where each layer has its own array, and all one page table.
+        matmul: of few rows by weights.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
     mesh: Mesh | None = None
     attention: kernels.Implementation = "xla"
     layout: CacheLayout | None = None
+    matmul: MatmulKernel = "xla"
 
     def attend(
         self,

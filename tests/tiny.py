@@ -190,6 +190,7 @@ class DenseRuntime:
     """Stands in for Runtime: dense causal attention over the batch's own tokens, no pages."""
 
     layout = None
+    matmul = "xla"
 
     def attend(
         self,
