@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.errors import ModelLoadError
 from jaxserve.models.spec import AttentionSpec, LayerSpec
 
 Index = tuple[slice, ...]
@@ -37,9 +38,17 @@ class Target:
 
     @property
     def attention(self) -> AttentionSpec:
-        """The layer's attention."""
-        assert self.layer is not None and self.layer.attention is not None, self.path
-        return self.layer.attention
+        """The layer's attention.
+
+        Raises:
+            ModelLoadError: it has none. Of a layer's forms the first is taken where a checkpoint has the tensors of none.
+        """
+        attention = None if self.layer is None else self.layer.attention
+        if attention is None:
+            raise ModelLoadError(
+                f"the tensors of {self.path} are missing, or are those of attention, which the config has elsewhere"
+            )
+        return attention
 
     @property
     def num_experts(self) -> int:

@@ -69,7 +69,7 @@ def _cohere2_moe(config: HfConfig) -> DecoderSpec:
 
 
 def _partial(config: HfConfig) -> list[Any]:
-    return [rope(config, is_partial=True)] * config.num_hidden_layers
+    return [rope(config, is_partial=True, is_even=True)] * config.num_hidden_layers
 
 
 def _stablelm(config: HfConfig) -> DecoderSpec:
@@ -93,7 +93,8 @@ def _starcoder2(config: HfConfig) -> DecoderSpec:
 def _nemotron(config: HfConfig) -> DecoderSpec:
     norm = layer_norm(config.norm_eps, unit_offset=True)
     plain: dict[str, Any] = {"gated": False} | flags(config, {"bias": "mlp_bias"})
-    return llama_like(config, norm=norm, ropes=_partial(config), **flags(config, BIASES), mlp_fields=plain)
+    ropes = [rope(config, is_partial=True)] * config.num_hidden_layers
+    return llama_like(config, norm=norm, ropes=ropes, **flags(config, BIASES), mlp_fields=plain)
 
 
 def _jais2(config: HfConfig) -> DecoderSpec:

@@ -19,7 +19,7 @@ def _recurrent_gemma(config: HfConfig) -> DecoderSpec:
     mixers: dict[str, MixerSpec] = {
         "sliding_attention": attention(
             config,
-            rope(config, is_partial=True),
+            rope(config, is_partial=True, is_even=True),
             window=config.attention_window_size,
             qkv_bias=bool(config.attention_bias),
             out_bias=True,

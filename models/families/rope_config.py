@@ -32,6 +32,7 @@ def rope(
     *,
     dim: int | None = None,
     is_partial: bool = False,
+    is_even: bool = False,
     interleaved: bool = False,
     read_elsewhere: tuple[str, ...] = (),
 ) -> RopeSpec:
@@ -42,6 +43,7 @@ def rope(
             given.
         dim: of the heads; the config's head_dim if not given.
         is_partial: this model's code heeds partial_rotary_factor.
+        is_even: it cannot turn an odd number of dimensions; elsewhere one more is turned, by frequencies of the odd number.
         interleaved: as in RopeSpec.
         read_elsewhere: fields that the family itself reads.
     """
@@ -56,9 +58,16 @@ def rope(
     needed, unknown = _NEEDED[kind], set(fields) - {*_NEEDED[kind], *_OPTIONAL.get(kind, ())}
     if theta is None or unknown or not set(needed) <= set(fields):
         raise ModelLoadError(f"rope type {kind!r} takes {', '.join(('rope_theta', *needed))}; got {parameters}")
-    rotary_dim = int((dim or head_dim(config)) * part)
-    scaling = _scaling(config, kind, fields, rotary_dim)
-    return RopeSpec(theta=float(theta), rotary_dim=rotary_dim, scaling=scaling, interleaved=interleaved)
+    named = rotary_dim = int((dim or head_dim(config)) * part)
+    if is_partial and not is_even and kind != "yarn":
+        rotary_dim += named % 2
+    return RopeSpec(
+        theta=float(theta),
+        rotary_dim=rotary_dim,
+        frequency_dim=None if named == rotary_dim else named,
+        scaling=_scaling(config, kind, fields, rotary_dim),
+        interleaved=interleaved,
+    )
 
 
 def _scaling(config: HfConfig, kind: str, fields: Mapping[str, Any], rotary_dim: int) -> RopeScaling | None:

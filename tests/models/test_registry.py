@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxserve.errors import ModelLoadError
+from jaxserve.models.layers.rope import inverse_frequencies
 from jaxserve.models.loading.hf_config import understand_config
 from jaxserve.models.registry import ARCHITECTURES, find_architecture
 from jaxserve.models.spec import DecoderSpec, LinearScaling
@@ -104,6 +106,14 @@ def test_fields_of_rope_that_change_nothing() -> None:
     )
     yarn = cases.read_config("llama_yarn")["rope_parameters"]
     assert spec_of("llama_yarn", rope_parameters=yarn | {"finetuned": True}) == spec_of("llama_yarn")
+
+
+def test_odd_number_of_rotated_dimensions() -> None:
+    """transformers turns one more, by frequencies of the odd number."""
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.2}}
+    rope = spec_of("gpt_neox", **changes).layers[0].rope  # heads of 16
+    assert rope is not None and rope.rotary_dim == 4
+    np.testing.assert_allclose(inverse_frequencies(rope), [1.0, 100.0 ** (-2 / 3)])
 
 
 @pytest.mark.parametrize(
