@@ -285,7 +285,9 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
     _check_matmul_kernel(config, mesh, attention)
-    runtime = Runtime(platform, mesh, attention, layout, config.compile.matmul_kernel)
+    if config.cache.share_page_reads and attention != "mosaic_gpu":
+        raise ConfigError(f"--share-page-reads runs on an H100 or H200; got {mesh.devices.flat[0].device_kind}. Leave it out.")
+    runtime = Runtime(platform, mesh, attention, layout, config.compile.matmul_kernel, config.cache.share_page_reads)
     return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
 
 

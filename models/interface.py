@@ -116,6 +116,7 @@ class Runtime:
         attention: the attention kernel's back end.
         layout: of the caches; None where each layer has its own array, and all one page table.
         matmul: of few rows by weights.
+        shares_pages: decode reads pages that rows have in common once, where the back end can.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
@@ -123,6 +124,7 @@ class Runtime:
     attention: kernels.Implementation = "xla"
     layout: CacheLayout | None = None
     matmul: MatmulKernel = "xla"
+    shares_pages: bool = False
 
     def attend(
         self,
@@ -148,6 +150,7 @@ class Runtime:
             softcap=softcap,
             chunk=chunk,
             implementation=self.attention,
+            shares_pages=self.shares_pages,
         )
         heads, pool, by_head = P(None, MODEL_AXIS, None), pages_partition(self.attention), P(MODEL_AXIS)
         specs = (heads, heads, heads, pool, *(P(),) * 5, by_head, by_head)

@@ -28,6 +28,7 @@ from bench.kernels.attention_checks import BF16, E4M3, check_cases
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import plan_decode, plan_prefill
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import ROWS
 
 
 def wall(f: Callable[..., Any], args: tuple[Any, ...], calls: int, reps: int = 5) -> float:
@@ -85,7 +86,8 @@ def layer_tables(layers: int, rows: int, width: int, pages: int) -> list[jax.Arr
 
 def time_decode(name: str, lens: list[int], *, n: int = 32, k: int = 8, h: int = 128, page: int = 16, dtype: Any = BF16,
                 layers: int | None = None, split: int | None = None, window: int | None = None, max_len: int | None = None,
-                config: Any = None, copy: float = 1.0) -> dict[str, Any]:  # fmt: skip
+                config: Any = None, copy: float = 1.0, prefix: int = 0, shares_pages: bool = False) -> dict[str, Any]:  # fmt: skip
+    """prefix: tokens that all rows have in common, in the same pages; bandwidths count them for every row."""
     rows = len(lens)
     width = -(-(max_len or max(lens)) // page)
     seen = [min(x, window) if window else x for x in lens]
@@ -93,12 +95,13 @@ def time_decode(name: str, lens: list[int], *, n: int = 32, k: int = 8, h: int =
     pages = max(2**31 // (page * 2 * k * h * jnp.dtype(dtype).itemsize), rows * width)
     layers = layers or max(3, min(8, int(2e9 // num_bytes)))
     pool = random_pool(pages, page, k, h, jnp.dtype(dtype).name)
-    tables = layer_tables(layers, rows, width, pages)
+    tables = [table.at[:, : prefix // page].set(table[0, : prefix // page]) for table in layer_tables(layers, rows, width, pages)]
 
     def steps(q: jax.Array, pool: jax.Array, tables: list[jax.Array], lens: jax.Array) -> jax.Array:
-        plan = plan_decode(lens, jnp.int32(rows), num_kv_heads=k, max_len=width * page, window=window, split=split)
+        plan = plan_decode(lens, jnp.int32(rows), num_kv_heads=k, max_len=width * page, window=window, split=split,
+                           page_tables=tables[0], seats=ROWS * k // n if shares_pages else 1)  # fmt: skip
         layer = jax.jit(functools.partial(decode, scale=h**-0.5, config=config))  # lowered once
-        for table in tables:
+        for table in tables:  # shared alike, so one plan serves them all
             q = layer(q, pool, table, plan)
         return q
 
@@ -157,6 +160,12 @@ def decode_times(copy: float) -> list[Callable[[], dict[str, Any]]]:
     add("32/8 B 64 x 4096 page 64", [4096] * 64, page=64)
     add("32/8 B 64 x 4096 of 8192", [4096] * 64, max_len=8192)
     add("32/8 B 64 x 8192 window 1024", [8192] * 64, window=1024, layers=4)
+    for heads in (16, 32):  # 2 and 4 a kv head
+        for b, own in [(64, 128), (256, 96)]:
+            for shares_pages in (False, True):
+                name = f"{heads}/8 B {b} x 2048 in common + {own}{', read once' if shares_pages else ''}"
+                add(name, [2048 + own] * b, n=heads, prefix=2048, shares_pages=shares_pages)
+        add(f"{heads}/8 B 64 x 4096, looks for common pages", [4096] * 64, n=heads, shares_pages=True)
     add("64/8 h64 B 64 x 4096", [4096] * 64, n=64, h=64)
     add("16/8 h256 B 64 x 2048", [2048] * 64, n=16, h=256)
     add("32/8 B 64 x 4096 e4m3", [4096] * 64, dtype=E4M3)

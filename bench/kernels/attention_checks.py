@@ -16,7 +16,8 @@ BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
 
 
 def make_case(seed: int, queries: list[int], lens: list[int], *, tokens: int, n: int, k: int, h: int, page: int,
-              dtype: Any = BF16, max_len: int | None = None, window: int | None = None, sinks: bool = False) -> dict[str, Any]:  # fmt: skip
+              dtype: Any = BF16, max_len: int | None = None, window: int | None = None, sinks: bool = False,
+              prefix: int = 0) -> dict[str, Any]:  # fmt: skip
     """A pool in random page order. Unused pages, slots past a row's end, and pages before its window hold NaN in `poisoned`."""
     rng = np.random.default_rng(seed)
     rows = len(lens)
@@ -34,6 +35,8 @@ def make_case(seed: int, queries: list[int], lens: list[int], *, tokens: int, n:
         slots = np.arange(c * page).reshape(c, page)
         first = max(0, lens[b] - queries[b] + 1 - window) if window else 0
         used[ids] = (slots < lens[b]) & (slots[:, -1:] >= first)
+    shared = prefix // page
+    table[1:, :shared] = table[0, :shared]
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     kq, kk, ks = jax.random.split(jax.random.key(seed), 3)
 
@@ -53,15 +56,22 @@ def make_case(seed: int, queries: list[int], lens: list[int], *, tokens: int, n:
 
 def check(name: str, seed: int, queries: list[int], lens: list[int], *, tokens: int | None = None, n: int = 32, k: int = 8,
           h: int = 128, page: int = 16, dtype: Any = BF16, window: int | None = None, softcap: float | None = None,
-          sinks: bool = False, max_len: int | None = None, decode_only: bool = False, repeats: int = 5) -> dict[str, Any]:  # fmt: skip
-    """Relative error (Frobenius) to the float32 reference, over poisoned pools; repeats must agree bit for bit."""
+          sinks: bool = False, max_len: int | None = None, decode_only: bool = False, repeats: int = 5,
+          prefix: int = 0) -> dict[str, Any]:  # fmt: skip
+    """Relative error (Frobenius) to the float32 reference, over poisoned pools; repeats must agree bit for bit.
+
+    With a prefix, whose pages all rows then have in common, so must the same with these pages read once.
+    """
     tokens = tokens or max(sum(queries), 1)
     case = make_case(seed, queries, lens, tokens=tokens, n=n, k=k, h=h, page=page, dtype=dtype, max_len=max_len, window=window,
-                     sinks=sinks)  # fmt: skip
+                     sinks=sinks, prefix=prefix)  # fmt: skip
     kw = {"scale": h**-0.5, "window": window, "softcap": softcap}
     args = (case["table"], case["starts"], case["lens"], case["single"], case["sinks"])
     f = functools.partial(mosaic_gpu.paged_attention, decode_only=decode_only, **kw)
-    runs = [np.asarray(f(case["q"], case["poisoned"], *args).astype(jnp.float32)) for _ in range(repeats)]
+    shared = functools.partial(f, shares_pages=True)
+    runs = [
+        np.asarray(g(case["q"], case["poisoned"], *args).astype(jnp.float32)) for g in [f] * repeats + [shared] * bool(prefix)
+    ]
     ref = jax.jit(functools.partial(reference.paged_attention, **kw))
     want = np.array(ref(case["q"].astype(jnp.float32), case["clean"], *args))
     used = int(sum(queries))
@@ -107,6 +117,11 @@ def check_cases() -> list[Callable[[], dict[str, Any]]]:
     dec("12/12 h64", lens(9, 2000), n=12, k=12, h=64)
     dec("64/8 h64 sinks window", lens(17, 2000), n=64, h=64, sinks=True, window=128)
     dec("32/8 sinks", edges, sinks=True)
+    dec("32/8 common pages", [2048 + x for x in lens(64, 700)], prefix=2048)
+    dec("16/8 common pages sinks", [1024 + x for x in lens(40, 1200)], n=16, prefix=1024, sinks=True)
+    dec("14/2 h64 common pages softcap", [1600 + x for x in lens(33, 900)], n=14, k=2, h=64, prefix=1600, softcap=5.0)
+    dec("32/8 common pages e4m3", [2048 + x for x in lens(64, 900)], prefix=2048, dtype=E4M3)
+    dec("16/8 h256 common pages", [1024 + x for x in lens(20, 900)], n=16, h=256, prefix=1024)
     dec("32/8 window 1000", [*edges, 3000, 5000], window=1000)
     dec("32/8 softcap", edges, softcap=5.0)
     dec("16/8 h256", lens(9, 2000), n=16, h=256)

@@ -120,6 +120,7 @@ def paged_attention(
     chunk: int | None = None,
     value_dim: int | None = None,
     implementation: Implementation,
+    shares_pages: bool = False,
 ) -> tuple[Float[Array, "T N V"], Float[Array, "pages ..."]]:
     """Writes the step's keys and values to their pages; causal attention of its tokens, each over its own request's pages.
 
@@ -148,6 +149,8 @@ def paged_attention(
             v is None.
         implementation: the back end; a GPU's that cannot do these shapes leaves them to the XLA loops, and says so once.
             "reference" is the only one with a gradient, and needs every token of q to be in use.
+        shares_pages: a GPU's kernel reads pages that rows with one token have in common once for all of them; the result is the
+            same to the bit.
 
     Returns:
         ([T, N, value_dim or H], in q's type, the pool). Rows of tokens not in use are unspecified, and may be NaN.
@@ -171,7 +174,14 @@ def paged_attention(
                 raise NotImplementedError("no kernel has ALiBi, chunks or latent rows")
             decode_only = q.shape[0] == page_tables.shape[0]
             out: Array = mosaic_gpu.paged_attention(
-                q, kv_pages, *rows, scale=scale, window=window, softcap=softcap, decode_only=decode_only
+                q,
+                kv_pages,
+                *rows,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                decode_only=decode_only,
+                shares_pages=shares_pages,
             )
             return out, kv_pages
         except NotImplementedError as reason:

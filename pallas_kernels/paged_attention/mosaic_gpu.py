@@ -11,9 +11,12 @@ from jaxtyping import Array, Float, Int
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import default_split, plan_decode, plan_prefill
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import prefill
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import ROWS
 
 
-@functools.partial(jax.jit, static_argnames=["scale", "window", "softcap", "decode_only"])  # layers share one lowering
+@functools.partial(
+    jax.jit, static_argnames=["scale", "window", "softcap", "decode_only", "shares_pages"]
+)  # layers share one lowering
 def paged_attention(
     q: Float[Array, "T N H"],
     kv_pages: Float[Array, "pages page_size 2*K H"],
@@ -27,11 +30,13 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     decode_only: bool = False,
+    shares_pages: bool = False,
 ) -> Float[Array, "T N H"]:
     """See api.paged_attention. The work lists are pure functions of the lengths: the compiler makes them once for all layers.
 
     Args:
         decode_only: no row has more than one token, and row b's is q[b] (T = B): the prefill kernel is left out.
+        shares_pages: pages that several rows with one token have in common are read for all of them at once.
 
     Raises:
         NotImplementedError: for shapes and types that the kernels do not serve (check_decode).
@@ -43,7 +48,15 @@ def paged_attention(
     num_kv_heads = kv_pages.shape[2] // 2
     split = default_split(num_rows, num_kv_heads) * 2 // kv_pages.dtype.itemsize  # 8-bit pages want longer ones
     plan = plan_decode(
-        kv_lens, num_single_rows, num_kv_heads=num_kv_heads, max_len=max_len, window=window, split=split, fill=decode_only
+        kv_lens,
+        num_single_rows,
+        num_kv_heads=num_kv_heads,
+        max_len=max_len,
+        window=window,
+        split=split,
+        fill=decode_only,
+        page_tables=page_tables,
+        seats=ROWS * num_kv_heads // q.shape[1] if shares_pages else 1,
     )
     if decode_only:
         result = decode(q, kv_pages, page_tables, plan, sinks, scale=scale, softcap=softcap)

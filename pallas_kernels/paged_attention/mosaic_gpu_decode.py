@@ -1,14 +1,15 @@
 """Paged decode attention for Hopper: one query token a row, every key and value read once. Knows arrays and a DecodePlan only.
 
 132 persistent thread blocks hold one or two pairs of a producer warpgroup (page-indexed bulk copies into a ring of stages)
-and a compute warpgroup (two wgmmas and the online softmax). The G query heads of a kv head fill the first of wgmma's 64 rows.
+and a compute warpgroup (two wgmmas and the online softmax). The G query heads of a kv head fill the first of wgmma's 64 rows, or
+those of up to 64 / G requests that share the item's pages (mosaic_gpu_sharing.py): that is then the one difference between items.
 Each item of the plan gives a partial result and its log-sum-exp; the last of a row's splits to finish merges them
 (flash decoding; Dao et al. 2023). Sizes are data: one compiled program serves every mix of lengths.
 """
 
 import dataclasses
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array, Float, Int
 
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode_pages import copy_pages
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import BLOCK, DecodePlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
     arrive,
@@ -25,12 +27,17 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
     store_row_values,
     store_rows,
 )
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import LOG2E, LOW, ROWS, check_decode, group_rows, tiles
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_tile_rows import (
+    arrive_for_rows,
+    load_tile_rows,
+    store_tile_row_values,
+    store_tile_rows,
+)
 
 plgpu: Any = _mosaic_gpu  # not typed
 
-LOG2E = math.log2(math.e)
-ROWS = 64  # of a warpgroup's wgmma
-LOW = -1e30  # a running maximum starts here: -inf minus -inf would be NaN
+Decorator = Callable[[Callable[[], Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,36 +64,6 @@ def choose_config(head_dim: int, num_bits: int) -> DecodeConfig:
             return DecodeConfig(stages=4, registers=(88, 168))
         return DecodeConfig(stages=3, pairs=1, registers=(104, 248))
     return {64: DecodeConfig(stages=6), 128: DecodeConfig(), 256: DecodeConfig(pairs=1, registers=(40, 248))}[head_dim]
-
-
-def check_decode(q: jax.Array, kv_pages: jax.Array) -> None:
-    """Raises NotImplementedError for shapes and types that the kernel does not serve."""
-    num_heads, head_dim = q.shape[-2:]
-    _, page_size, kv_heads, _ = kv_pages.shape
-    if head_dim not in (64, 128, 256):
-        raise NotImplementedError(f"head_dim must be 64, 128 or 256; got {head_dim}")
-    if num_heads % (kv_heads // 2) or num_heads // (kv_heads // 2) > ROWS:
-        raise NotImplementedError(f"{num_heads} query heads over {kv_heads // 2} kv heads; at most {ROWS} a kv head")
-    if page_size not in (16, 32, 64, 128, 256):
-        raise NotImplementedError(f"page_size must be 16, 32, 64, 128 or 256; got {page_size}")
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"queries must be bfloat16 or float16; got {q.dtype}")
-    if kv_pages.dtype != q.dtype and kv_pages.dtype != jnp.float8_e4m3fn:
-        raise NotImplementedError(f"pages must be {q.dtype} like the queries or float8_e4m3fn; got {kv_pages.dtype}")
-
-
-def _group_rows(x: jax.Array, num_kv_heads: int) -> tuple[jax.Array, int]:
-    """[B, N, ...] -> ([B, chunks, rows, ...], kv heads a chunk); rows are a multiple of 8, as a bulk copy into a tile wants.
-
-    A plain reshape if G divides 8 or 8 divides G: a chunk then holds the heads of 8 / G kv heads, and the other heads' rows
-    are harmless. Else each kv head's rows are padded.
-    """
-    num, heads, *rest = x.shape
-    group = heads // num_kv_heads
-    if 8 % group == 0 and heads % 8 == 0:
-        return x.reshape(num, heads // 8, 8, *rest), 8 // group
-    x = x.reshape(num, num_kv_heads, group, *rest)
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -group % 8), *[(0, 0)] * len(rest)]), 1
 
 
 def decode(
@@ -131,11 +108,14 @@ def decode(
     padded = not (8 % rows == 0 and num_heads % 8 == 0)
     if padded:
         q = q[: page_tables.shape[0]]
-    grouped, per_chunk = _group_rows(q.astype(compute_type), num_kv_heads)
+    grouped, per_chunk = group_rows(q.astype(compute_type), num_kv_heads)
     sink_rows = None
     if sinks is not None:
-        sink_rows, _ = _group_rows(sinks.astype(jnp.float32)[None] * LOG2E, num_kv_heads)
+        sink_rows, _ = group_rows(sinks.astype(jnp.float32)[None] * LOG2E, num_kv_heads)
         sink_rows = jnp.pad(sink_rows[0], ((0, 0), (0, ROWS - sink_rows.shape[2])))
+        if plan.seats > 1:  # and those of a tile of several requests, for each kv head
+            shared = jnp.tile((sinks.astype(jnp.float32) * LOG2E).reshape(num_kv_heads, rows), (1, plan.seats))
+            sink_rows = jnp.concatenate([sink_rows, jnp.pad(shared, ((0, 0), (0, ROWS - shared.shape[1])))])
 
     pages, page_size, _, _ = kv_pages.shape
     box = min(page_size, BLOCK)  # tokens of one bulk copy; a page larger than a block is several
@@ -165,18 +145,21 @@ def decode(
         windowed=plan.window is not None,
         has_sinks=sinks is not None,
         page_size=page_size,
+        seats=plan.seats,
     )
     operands: list[Any] = [grouped, boxes, page_tables, plan.items, plan.num_items, plan.arrivals]
+    operands += [plan.shared_rows, plan.num_splits] if plan.seats > 1 else []
     operands += [sink_rows] if sinks is not None else []
     operands += [out] if out is not None else []
 
     def paged_decode(*refs: Any) -> None:
         it = iter(refs)
         inputs = [next(it) for _ in range(6)]
+        sharing = (next(it), next(it)) if plan.seats > 1 else None
         sink_ref = next(it) if sinks is not None else None
         out_ref = next(it)  # the last operand or the first result: they are neighbours
         parts, lse = (next(it), next(it)) if splits else (None, None)
-        body(*inputs, sink_ref, out_ref, parts, lse, *it)
+        body(*inputs, sharing, sink_ref, out_ref, parts, lse, *it)
 
     results = plgpu.kernel(
         paged_decode,
@@ -186,18 +169,12 @@ def decode(
         num_threads=2 * config.pairs,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        scratch_types=_scratch(config, head_dim, box, kv_pages.dtype, compute_type),
+        scratch_types=_scratch(config, head_dim, box, kv_pages.dtype, compute_type, plan.seats),
     )(*operands)
     return None if out is not None else results[0]
 
 
-def tiles(head_dim: int, itemsize: int) -> tuple[Any, Any]:
-    """The layout in shared memory of rows of `head_dim` numbers: 128 bytes wide, as wgmma and bulk copies want it, or a row."""
-    width = min(128 // itemsize, head_dim)
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)
-
-
-def _scratch(config: DecodeConfig, head_dim: int, box: int, page_type: Any, compute_type: Any) -> list[Any]:
+def _scratch(config: DecodeConfig, head_dim: int, box: int, page_type: Any, compute_type: Any, seats: int) -> list[Any]:
     narrow = jnp.dtype(page_type).itemsize == 1
     pairs, stages = config.pairs, config.pairs * config.stages
     wide = tiles(head_dim, 2)
@@ -208,7 +185,7 @@ def _scratch(config: DecodeConfig, head_dim: int, box: int, page_type: Any, comp
         ring,  # keys
         ring,  # values
         plgpu.SMEM((2 * pairs, BLOCK, head_dim), compute_type, transforms=wide) if narrow else None,  # widened K, V
-        plgpu.SMEM((pairs,), jnp.int32),  # arrive()'s value
+        plgpu.SMEM((pairs * seats,), jnp.int32),  # arrive()'s and arrive_for_rows()'s values
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -233,6 +210,7 @@ class _Body:
     windowed: bool
     has_sinks: bool
     page_size: int
+    seats: int
 
     def __call__(self, q: Any, kv: Any, tables: Any, items: Any, num_items: Any, *refs: Any) -> None:
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -241,105 +219,33 @@ class _Body:
         worker = pair * self.config.ctas + cta  # neighbouring items go to different multiprocessors
         num_workers = pairs * self.config.ctas
         num_kv_heads = kv.shape[2] // 2
-        mine = lax.div(num_items[0] * num_kv_heads - worker + (num_workers - 1), num_workers)
+
+        def mine() -> jax.Array:
+            """How many items are this worker's. Each warpgroup computes it anew: kept from before they part, it is spilled."""
+            return lax.div(num_items[0] * num_kv_heads - worker + (num_workers - 1), num_workers)
 
         def item(n: jax.Array) -> tuple[jax.Array, ...]:
-            """row, kv head, first token, last token + 1, split, splits, first visible token of this worker's n-th item."""
+            """row, kv head, first token, last token + 1, split, splits, first visible token, start of the rows in shared_rows and
+            their number, of this worker's n-th item."""
             i = jnp.minimum(worker + n * num_workers, items.shape[0] * num_kv_heads - 1)
             j = lax.div(i, num_kv_heads)
             row, lo, hi, split, count, visible = (items[j, f] for f in range(6))
-            return row, lax.rem(i, num_kv_heads), lo, hi, split, count, visible
+            shared = (items[j, 6], items[j, 7]) if self.seats > 1 else ()
+            return row, lax.rem(i, num_kv_heads), lo, hi, split, count, visible, *shared
 
         @pl.when(wg >= pairs)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[0], action="decrease")
-            self.produce(pair, mine, item, kv, tables, *refs)
+            sizes = {"stages": self.config.stages, "page_size": self.page_size}
+            copy_pages(pair, mine(), item, kv, tables, *refs, **sizes, windowed=self.windowed)
 
         @pl.when(wg < pairs)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[1], action="increase")
-            self.compute(pair, mine, item, q, kv, *refs)
-
-    def produce(
-        self, pair: Any, mine: Any, item: Any, kv: Any, tables: Any, _arrivals: Any, _sinks: Any, _out: Any, _parts: Any,
-        _lse: Any, _qs: Any, ks: Any, vs: Any, wide: Any, _box: Any, _q_full: Any, k_full: Any, v_full: Any,
-        k_free: Any, v_free: Any, wide_full: Any, wide_free: Any,
-    ) -> None:  # fmt: skip
-        """Copies the pages of each item into the ring; 8-bit pages it also widens to 16 bits, as wgmma wants them."""
-        stages = self.config.stages
-        num_boxes, box = kv.shape[0], kv.shape[1]
-        per_page = self.page_size // box
-        narrow = wide is not None
-
-        def widen(t: jax.Array) -> None:
-            slot = pair * stages + lax.rem(t, stages)
-            for v, (ring, full) in enumerate(((ks, k_full), (vs, v_full))):
-                plgpu.barrier_wait(full.at[slot])
-                x = plgpu.load(ring.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-
-                @pl.when(t > 0)
-                def _(v: int = v) -> None:
-                    plgpu.barrier_wait(wide_free.at[2 * pair + v])
-
-                wide[2 * pair + v] = x.astype(wide.dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(wide_full.at[2 * pair + v])
-
-        def copy_item(n: jax.Array, t: jax.Array) -> Any:
-            row, head, lo, hi, _, _, visible = item(n)
-
-            def copy_block(j: jax.Array, t: jax.Array) -> Any:
-                slot = pair * stages + lax.rem(t, stages)
-                base = lo + j * BLOCK
-
-                def index_of(p: int) -> jax.Array:
-                    token = base + p * box
-                    wanted = token < hi
-                    if self.windowed:  # pages before the window may be gone
-                        wanted &= token + box > visible
-                    page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), self.page_size)]
-                    index = page * per_page + lax.div(lax.rem(token, self.page_size), box)
-                    return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
-
-                def copy(v: int, p: int, index: jax.Array) -> None:
-                    ring, full = ((ks, k_full), (vs, v_full))[v]
-                    at = ring.at[slot, pl.ds(p * box, box)]
-                    plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * head + v], at, full.at[slot])
-
-                if narrow:  # page by page: all their indices at once spill
-                    for p in range(BLOCK // box):
-                        index = index_of(p)
-                        copy(0, p, index)
-                        copy(1, p, index)
-                else:
-                    ids = [index_of(p) for p in range(BLOCK // box)]
-                    for v, free in enumerate((k_free, v_free)):
-
-                        @pl.when(t >= stages)
-                        def _(free: Any = free) -> None:
-                            plgpu.barrier_wait(free.at[slot])
-
-                        for p, index in enumerate(ids):
-                            copy(v, p, index)
-                if narrow:  # widened `stages - 1` blocks later, when the copy has arrived
-
-                    @pl.when(t >= stages - 1)
-                    def _() -> None:
-                        widen(t - (stages - 1))
-
-                return t + 1
-
-            return lax.fori_loop(0, lax.div(hi - lo + (BLOCK - 1), BLOCK), copy_block, t)
-
-        t = lax.fori_loop(0, mine, copy_item, jnp.int32(0))
-        if narrow:
-
-            @pl.loop(jnp.maximum(t - (stages - 1), 0), t)
-            def _(t: jax.Array) -> None:
-                widen(t)
+            self.compute(pair, mine(), item, q, kv, *refs)
 
     def compute(
-        self, pair: Any, mine: Any, item: Any, q: Any, kv: Any, arrivals: Any, sinks: Any, out: Any, parts: Any, lse: Any,
+        self, pair: Any, mine: Any, item: Any, q: Any, kv: Any, arrivals: Any, sharing: Any, sinks: Any, out: Any, parts: Any, lse: Any,
         qs: Any, ks: Any, vs: Any, wide: Any, box: Any, q_full: Any, k_full: Any, v_full: Any, k_free: Any, v_free: Any,
         wide_full: Any, wide_free: Any,
     ) -> None:  # fmt: skip
@@ -353,9 +259,29 @@ class _Body:
         qs[pair] = plgpu.layout_cast(jnp.zeros((ROWS, dim), compute_type), layout)  # the idle rows stay finite
         plgpu.commit_smem()
 
-        def load_queries(row: jax.Array, head: jax.Array) -> None:
-            at = qs.at[pair, pl.ds(0, q.shape[2])]
-            plgpu.copy_gmem_to_smem(q.at[row, lax.div(head, self.per_chunk)], at, q_full.at[pair])
+        def alone(wanted: tuple[jax.Array, ...]) -> Decorator:
+            """Runs a function if the item is of one row."""
+            return pl.when(wanted[8] == 1) if self.seats > 1 else lambda f: f()
+
+        def together(wanted: tuple[jax.Array, ...]) -> Decorator:
+            """Runs a function if the item is of several rows."""
+            return pl.when(wanted[8] > 1) if self.seats > 1 else lambda f: None
+
+        def load_queries(wanted: tuple[jax.Array, ...]) -> None:
+            row, head = wanted[:2]
+
+            @alone(wanted)
+            def _() -> None:
+                at = qs.at[pair, pl.ds(0, q.shape[2])]
+                plgpu.copy_gmem_to_smem(q.at[row, lax.div(head, self.per_chunk)], at, q_full.at[pair])
+
+            @together(wanted)
+            def _() -> None:
+                base = (lax.div(head, self.per_chunk) * q.shape[2] + lax.rem(head, self.per_chunk) * rows) * dim
+                stride = q.shape[1] * q.shape[2] * dim
+                start, size = wanted[7:]
+                qs[pair] = load_tile_rows(q, sharing[0], start, size, base, group=rows, stride=stride)
+                plgpu.commit_smem()
 
         def attend(j: jax.Array, carry: Any, lo: Any, hi: Any, visible: Any, masked: bool) -> Any:
             acc, top, total, t = carry
@@ -412,34 +338,57 @@ class _Body:
             plgpu.barrier_arrive(v_done)
             return acc, high, total, t + 1
 
+        def merge(row: jax.Array, head: jax.Array, count: jax.Array) -> None:
+            index = row * num_kv_heads + head
+            merge_partials(
+                parts, lse, arrivals, out, row * (self.max_splits * num_kv_heads) + head, count, index, index * (rows * dim),
+                rows=rows, stride=num_kv_heads,
+            )  # fmt: skip
+
         def settle(pending: tuple[Any, ...]) -> None:
             """Counts a stored partial result in; the last of its row's splits to be counted merges them all."""
-            count, pair_index, base = pending
+            row, head, _, _, _, count, *_ = pending
 
             @pl.when(count > 1)
-            def _() -> None:
-                arrived = arrive(arrivals, pair_index, box, pair)
-
-                @pl.when(arrived == count - 1)
+            def count_in() -> None:
+                @alone(pending)
                 def _() -> None:
-                    merge_partials(
-                        parts, lse, arrivals, out, base, count, pair_index, pair_index * (rows * dim),
-                        rows=rows, stride=num_kv_heads,
+                    arrived = arrive(arrivals, row * num_kv_heads + head, box, pair * self.seats)
+                    pl.when(arrived == count - 1)(lambda: merge(row, head, count))
+
+                @together(pending)
+                def _() -> None:
+                    shared_rows, num_splits = sharing
+                    start, size = pending[7:]
+                    first = pair * self.seats
+                    arrive_for_rows(
+                        arrivals, shared_rows, num_splits, start, size, head, box, first, stride=num_kv_heads
                     )  # fmt: skip
 
+                    @pl.loop(0, size)
+                    def _(i: jax.Array) -> None:
+                        @pl.when(box[first + i] == 1)
+                        def _() -> None:
+                            row = shared_rows[start + i]
+                            merge(row, head, num_splits[row])
+
         def attend_item(n: jax.Array, carry: Any) -> Any:
-            t, (row, head, lo, hi, split, count, visible), pending = carry
+            t, current, pending = carry
+            row, head, lo, hi, split, count, visible = current[:7]
             following = item(n + 1)  # read early: three dependent loads stand before its first copy
             acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), layout)
             if self.has_sinks:
-                sink = plgpu.load(sinks.at[lax.div(head, self.per_chunk)], layout=layout.reduce(1), optimized=False)
+                sink_row = lax.div(head, self.per_chunk)
+                if self.seats > 1:
+                    sink_row = jnp.where(current[8] > 1, q.shape[1] + head, sink_row)
+                sink = plgpu.load(sinks.at[sink_row], layout=layout.reduce(1), optimized=False)
                 once = jnp.where(split == 0, 1.0, 0.0)  # in one split of the row
                 top = sink * once + LOW * (1.0 - once)
                 total = plgpu.layout_cast(jnp.full((ROWS,), 1.0, jnp.float32), layout.reduce(1)) * once
             else:
                 top = plgpu.layout_cast(jnp.full((ROWS,), LOW, jnp.float32), layout.reduce(1))
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-            plgpu.barrier_wait(q_full.at[pair])
+            alone(current)(lambda: plgpu.barrier_wait(q_full.at[pair]))
 
             # 1. The blocks; only the last is masked, except under a window.
             step = functools.partial(attend, lo=lo, hi=hi, visible=visible)
@@ -453,7 +402,7 @@ class _Body:
             # 2. The next item's queries come while this one is stored.
             @pl.when(n + 1 < mine)
             def _() -> None:
-                load_queries(*following[:2])
+                load_queries(following)
 
             acc = acc * lax.broadcast_in_dim(jnp.where(total > 0, self.v_scale / total, 0.0), acc.shape, [0])
             first = lax.rem(head, self.per_chunk) * rows
@@ -465,7 +414,6 @@ class _Body:
                 store_rows(acc, out, pair_index * (rows * dim), first, jnp.int32(rows), stride=dim)
                 return t, following, pending
             settle(pending)
-            base = row * (self.max_splits * num_kv_heads) + head
 
             @pl.when(count == 1)
             def _() -> None:
@@ -473,19 +421,33 @@ class _Body:
 
             @pl.when(count > 1)
             def _() -> None:
-                slot = base + split * num_kv_heads
-                store_rows(acc, parts, slot * (rows * dim), first, jnp.int32(rows), stride=dim)
-                store_row_values(top + jnp.log2(total), lse, slot * rows, first, jnp.int32(rows))
+                slot = split * num_kv_heads + head  # of the row's
+                row_slots = self.max_splits * num_kv_heads
+                logsumexp = top + jnp.log2(total)
 
-            return t, following, (count, pair_index, base)
+                @alone(current)
+                def _() -> None:
+                    at = row * row_slots + slot
+                    store_rows(acc, parts, at * (rows * dim), first, jnp.int32(rows), stride=dim)
+                    store_row_values(logsumexp, lse, at * rows, first, jnp.int32(rows))
+
+                @together(current)
+                def _() -> None:
+                    members, (start, size) = sharing[0], current[7:]
+                    store_tile_rows(
+                        acc, parts, members, start, size, slot * (rows * dim), group=rows, stride=row_slots * rows * dim
+                    )
+                    store_tile_row_values(logsumexp, lse, members, start, size, slot * rows, group=rows, stride=row_slots * rows)
+
+            return t, following, current
 
         head_item = item(jnp.int32(0))
 
         @pl.when(mine > 0)
         def _() -> None:
-            load_queries(*head_item[:2])
+            load_queries(head_item)
 
-        nothing = (jnp.int32(0),) * 3
+        nothing = (jnp.int32(0),) * len(head_item)
         _, _, pending = lax.fori_loop(0, mine, attend_item, (jnp.int32(0), head_item, nothing))
         if parts is not None:
             settle(pending)

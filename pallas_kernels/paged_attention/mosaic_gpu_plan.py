@@ -1,6 +1,6 @@
 """Work lists of the GPU attention kernels, made on the device once a step from the lengths and shared by all layers.
 
-Knows lengths and shapes only: no queries, pages or heads' contents. Every array has a static shape.
+Knows lengths, page tables and shapes only: no queries, keys or values. Every array has a static shape.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_sharing import share_splits
 
 BLOCK = 64  # tokens of K and V that decode handles at once; splits and windows start at multiples of it
 WORKERS = 132  # multiprocessors of an H100 or H200
@@ -19,21 +21,25 @@ ALIGN = 8  # a tile starts at a multiple of it in the packed queries, as bulk co
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["items", "num_items", "arrivals"],
-    meta_fields=["max_splits", "window"],
+    data_fields=["items", "num_items", "arrivals", "shared_rows", "num_splits"],
+    meta_fields=["max_splits", "window", "seats"],
 )
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
     """Every row's keys, cut into splits; each split is read once per kv head.
 
     Attributes:
-        items: row, first token, last token + 1, split, splits of the row, first visible token, 0, 0. Whole splits come
+        items: row, first token, last token + 1, split, splits of the row, first visible token, start, rows: an item of several
+            rows, whose pages of this split are the same, has them in shared_rows[start:start + rows]. Whole splits come
             first and the remainders follow by falling size, so that dealing the items out in turn balances the workers
             to within one item.
         num_items: how many items are in use.
         arrivals: zeros; a row's kv head counts its finished splits here, and its last one sets it back to 0.
         max_splits: the most splits a row can have.
         window: the sliding window the items were cut for.
+        shared_rows: the rows of items of several rows.
+        num_splits: of each row.
+        seats: rows of an item at most; with 1 the two arrays before are None.
     """
 
     items: Int[Array, "M 8"]
@@ -41,6 +47,9 @@ class DecodePlan:
     arrivals: Int[Array, "BK"]
     max_splits: int
     window: int | None
+    shared_rows: Int[Array, " S*B"] | None = None
+    num_splits: Int[Array, " B"] | None = None
+    seats: int = 1
 
 
 def default_split(num_rows: int, num_kv_heads: int) -> int:
@@ -66,6 +75,8 @@ def plan_decode(
     window: int | None = None,
     split: int | None = None,
     fill: bool = True,
+    page_tables: Int[Array, "B P"] | None = None,
+    seats: int = 1,
 ) -> DecodePlan:
     """Cuts the rows below `num_rows` into work items.
 
@@ -77,6 +88,8 @@ def plan_decode(
         window: the sliding window, None for full attention.
         split: tokens of an item at most, a multiple of 64; None chooses `default_split`.
         fill: a row without tokens, used or not, gets an item that writes zeros. False where another kernel owns those rows.
+        page_tables: pages of each row, for `seats`.
+        seats: rows of an item at most that share a split's pages. With a window each row's splits begin elsewhere: none do.
     """
     num = kv_lens.shape[0]
     split = split or default_split(num, num_kv_heads)
@@ -88,19 +101,26 @@ def plan_decode(
     row = jnp.arange(num, dtype=jnp.int32)
     length = jnp.where(row < num_rows, kv_lens, 0).astype(jnp.int32)
     visible = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
-    start = visible // BLOCK * BLOCK
-    span = length - start
+    origin = visible // BLOCK * BLOCK
+    span = length - origin
     size = jnp.maximum(split, -(-span // (limit * BLOCK)) * BLOCK)
     whole = span // size
     tail = span - whole * size
     has_tail = (tail > 0) | ((span == 0) & fill)
     count = whole + has_tail
+    seats = seats if window is None and max_splits > 1 and page_tables is not None else 1
+    listed, shared = whole, None  # whole splits that are this row's to read
+    if seats > 1:
+        assert page_tables is not None
+        shared = share_splits(page_tables, max_len // page_tables.shape[1], size, count, max_splits=max_splits, seats=seats)
+        leads = shared.leads & (jnp.arange(max_splits) < whole[:, None])
+        listed = jnp.sum(leads, axis=1)
 
     # 2. Where each row's items stand in the list. All pairs are compared: one fused loop, where a sort or a scan is several.
-    ends = jnp.sum(jnp.where(row[:, None] >= row[None], whole[None], 0), axis=1)
+    ends = jnp.sum(jnp.where(row[:, None] >= row[None], listed[None], 0), axis=1)
     larger = (tail[None] > tail[:, None]) | ((tail[None] == tail[:, None]) & (row[None] < row[:, None]))
     rank = jnp.sum(larger & has_tail[None], axis=1)
-    num_whole = jnp.sum(whole)
+    num_whole = jnp.sum(listed)
 
     # 3. The row and split of every place in the list.
     place = jnp.arange(num * max_splits, dtype=jnp.int32)[:, None]
@@ -108,14 +128,22 @@ def plan_decode(
     of_whole = jnp.sum(ends[None] <= place, axis=1)
     of_tail = jnp.sum(jnp.where(has_tail[None] & (rank[None] == place - num_whole), row[None], 0), axis=1)
     r = jnp.minimum(jnp.where(is_whole, of_whole, of_tail), num - 1)
-    s = jnp.where(is_whole, place[:, 0] - (ends - whole)[r], whole[r])
-    first = start[r] + s * size[r]
+    s = place[:, 0] - (ends - listed)[r]
+    if shared is not None:
+        led = jnp.sum(leads[:, None] & (jnp.arange(max_splits)[:, None] >= jnp.arange(max_splits)), axis=2)  # up to each split
+        s = jnp.minimum(jnp.sum(led[r] <= s[:, None], axis=1), max_splits - 1)
+    start, rows = (0 * r, 0 * r) if shared is None else (shared.start[r, s], jnp.where(is_whole, shared.size[r, s], 1))
+    s = jnp.where(is_whole, s, whole[r])
+    first = origin[r] + s * size[r]
     last = jnp.minimum(first + size[r], length[r])
-    items = jnp.stack([r, first, last, s, count[r], visible[r], 0 * r, 0 * r], axis=1).astype(jnp.int32)
+    items = jnp.stack([r, first, last, s, count[r], visible[r], start, rows], axis=1).astype(jnp.int32)
     num_items = num_whole + jnp.sum(has_tail)
     # Not a constant: the kernels write to it, so the compiler must not share it with other zeros.
     arrivals = jnp.repeat(jnp.minimum(kv_lens, 0), num_kv_heads)
-    return DecodePlan(items, num_items.reshape(1).astype(jnp.int32), arrivals.astype(jnp.int32), max_splits, window)
+    num_items, arrivals = num_items.reshape(1).astype(jnp.int32), arrivals.astype(jnp.int32)
+    if shared is None:
+        return DecodePlan(items, num_items, arrivals, max_splits, window)
+    return DecodePlan(items, num_items, arrivals, max_splits, window, shared.rows, count.astype(jnp.int32), seats)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["items", "num_items"], meta_fields=["window"])

@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import LOG2E, LOW, ROWS, check_decode, tiles
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import ALIGN, PrefillPlan
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill_pages import Ring, copy_pages
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import store_rows
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import LOG2E, LOW, ROWS, check_decode, tiles
 
 plgpu: Any = _mosaic_gpu  # not typed
 
@@ -158,53 +159,6 @@ def _scratch(config: PrefillConfig, head_dim: int, box: int, page_type: Any, com
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """The producer's view of the blocks of K or of V in shared memory.
-
-    Attributes:
-        blocks: [stages, block, H], as the tensor cores want them.
-        full, free: a barrier each; a block has come, and both compute warpgroups are done with it.
-        staged: [staged, block, H] of 8-bit pages, or None; `arrived` are their barriers.
-    """
-
-    blocks: Any
-    full: Any
-    free: Any
-    staged: Any = None
-    arrived: Any = None
-
-    def wait_for_place(self, t: jax.Array) -> None:
-        """Until block t may be written."""
-        stages = self.blocks.shape[0]
-
-        @pl.when(t >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.free.at[lax.rem(t, stages)])
-
-    def drain(self, t: jax.Array) -> None:
-        """Until the blocks before t have all been used."""
-        stages = self.blocks.shape[0]
-
-        @pl.loop(jnp.maximum(t - stages, 0), t)
-        def _(t: jax.Array) -> None:
-            plgpu.barrier_wait(self.free.at[lax.rem(t, stages)])
-
-    def widen(self, t: jax.Array) -> None:
-        """Makes block t of 8-bit pages, which has been sent for, one of 16 bits."""
-        (stages, block, dim), width = self.blocks.shape, 64
-        slot, source = lax.rem(t, stages), lax.rem(t, self.staged.shape[0])
-        plgpu.barrier_wait(self.arrived.at[source])
-        self.wait_for_place(t)
-        for first in range(0, block, 64):  # piece by piece: the producer has few registers
-            for col in range(0, dim, width):
-                piece = pl.ds(first, 64), pl.ds(col, width)
-                x = plgpu.load(self.staged.at[(source, *piece)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                self.blocks[(slot, *piece)] = x.astype(self.blocks.dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.full.at[slot])
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Body:
     """The kernel's body and its static parameters."""
@@ -243,8 +197,9 @@ class _Body:
         @pl.when(wg == 2)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[0], action="decrease")
-            rings = _Ring(ks, k_full, k_free, k_staged, k_arrived), _Ring(vs, v_full, v_free, v_staged, v_arrived)
-            self.produce(mine(), item, kv, tables, rings)
+            rings = Ring(ks, k_full, k_free, k_staged, k_arrived), Ring(vs, v_full, v_free, v_staged, v_arrived)
+            sizes = {"block": self.config.block, "page_size": self.page_size, "group": self.group}
+            copy_pages(mine(), item, kv, tables, rings, self.first_keys, **sizes, windowed=self.window is not None)
 
         @pl.when(wg < 2)
         def _() -> None:
@@ -257,68 +212,6 @@ class _Body:
             return 0, 0
         visible = jnp.maximum(position - (self.window - 1), 0)
         return visible, lax.div(visible, self.config.block) * self.config.block
-
-    def produce(self, mine: Any, item: Any, kv: Any, tables: Any, rings: tuple[_Ring, _Ring]) -> None:
-        """Copies the pages of each tile's keys and values into their rings."""
-        block, staged = self.config.block, self.config.staged
-        num_boxes, box = kv.shape[0], kv.shape[1]
-        per_page = self.page_size // box
-        narrow = rings[0].staged is not None
-
-        def copy_tile(n: jax.Array, t: jax.Array) -> Any:
-            row, head, _, begin, end, position, _ = item(n)
-            kv_head = lax.div(head, self.group)
-            visible, lo = self.first_keys(position + begin)
-            hi = position + end
-
-            def copy_block(j: jax.Array, t: jax.Array) -> Any:
-                base = lo + j * block
-
-                def index_of(p: int) -> jax.Array:
-                    token = base + p * box
-                    wanted = token < hi
-                    if self.window is not None:  # pages before the window may be gone
-                        wanted &= token + box > visible
-                    page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), self.page_size)]
-                    index = page * per_page + lax.div(lax.rem(token, self.page_size), box)
-                    return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
-
-                def copy(v: int, p: int, index: jax.Array, to: Any, arrived: Any) -> None:
-                    at = to.at[lax.rem(t, to.shape[0]), pl.ds(p * box, box)]
-                    plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * kv_head + v], at, arrived.at[lax.rem(t, to.shape[0])])
-
-                if narrow:
-
-                    @pl.when(t >= staged)
-                    def _() -> None:  # the block before in this place; those after it are on their way
-                        for ring in rings:
-                            ring.widen(t - staged)
-
-                    for p in range(block // box):
-                        index = index_of(p)
-                        for v, ring in enumerate(rings):
-                            copy(v, p, index, ring.staged, ring.arrived)
-                    return t + 1
-
-                ids = [index_of(p) for p in range(block // box)]
-                for v, ring in enumerate(rings):
-                    ring.wait_for_place(t)
-                    for p, index in enumerate(ids):
-                        copy(v, p, index, ring.blocks, ring.full)
-                return t + 1
-
-            return lax.fori_loop(0, lax.div(hi - lo + (block - 1), block), copy_block, t)
-
-        t = lax.fori_loop(0, mine, copy_tile, jnp.int32(0))
-        if narrow:
-
-            @pl.loop(jnp.maximum(t - staged, 0), t)
-            def _(t: jax.Array) -> None:
-                for ring in rings:
-                    ring.widen(t)
-
-        for ring in rings:  # the interpreter wants every arrival waited for
-            ring.drain(t)
 
     def compute(
         self, wg: Any, mine: Any, item: Any, q: Any, sinks: Any, out: Any, qs: Any, ks: Any, vs: Any, q_full: Any,

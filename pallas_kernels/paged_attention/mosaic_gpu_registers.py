@@ -17,23 +17,23 @@ plgpu: Any = _mosaic_gpu  # not typed
 mgpu: Any = _utils
 
 THREADS = 128  # of a warpgroup
-_SCALAR = plgpu.Layout.WG_SPLAT(())
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
+SCALAR = plgpu.Layout.WG_SPLAT(())
+ROW_VALUES = plgpu.Layout.WGMMA.reduce(1)
 
 
-def _i32(x: int) -> Any:
+def constant(x: int) -> Any:
     return mgpu.c(x, ir.IntegerType.get_signless(32))
 
 
-def _thread() -> Any:
-    return arith.remui(mgpu.thread_idx(), _i32(THREADS))
+def thread_index() -> Any:
+    return arith.remui(mgpu.thread_idx(), constant(THREADS))
 
 
-def _below(a: Any, b: Any) -> Any:
+def is_below(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
-def _at(ref: Any, offset: Any, element: Any) -> Any:
+def element_at(ref: Any, offset: Any, element: Any) -> Any:
     return mgpu.getelementptr(mgpu.memref_ptr(ref), [offset], element)
 
 
@@ -47,19 +47,19 @@ def store_rows(acc: jax.Array, out: Any, base: jax.Array, first: jax.Array, coun
 
     def put(ctx: Any, acc: Any, out: Any, base: Any, first: Any, count: Any) -> None:
         element = ir.MemRefType(out.type).element_type
-        lane = arith.remui(_thread(), _i32(32))
+        lane = arith.remui(thread_index(), constant(32))
         # Warp w holds rows 16 w + lane / 4 and 8 more; a lane has columns 8 n + 2 (lane % 4) and the next one.
-        top = arith.addi(arith.muli(arith.divui(_thread(), _i32(32)), _i32(16)), arith.divui(lane, _i32(4)))
+        top = arith.addi(arith.muli(arith.divui(thread_index(), constant(32)), constant(16)), arith.divui(lane, constant(4)))
         top = arith.subi(top, first.registers.item())  # below zero is a large unsigned number
-        col = arith.addi(base.registers.item(), arith.muli(arith.remui(lane, _i32(4)), _i32(2)))
+        col = arith.addi(base.registers.item(), arith.muli(arith.remui(lane, constant(4)), constant(2)))
         for half in range(2):
-            row = arith.addi(top, _i32(8 * half))
-            with mgpu.when(_below(row, count.registers.item())):
-                at = _at(out, arith.addi(col, arith.muli(row, _i32(stride))), element)
+            row = arith.addi(top, constant(8 * half))
+            with mgpu.when(is_below(row, count.registers.item())):
+                at = element_at(out, arith.addi(col, arith.muli(row, constant(stride))), element)
                 for n in range(num_cols // 8):
                     llvm.store(acc.registers[0, n, 0, 0, half, 0, 0, 0, 0], mgpu.getelementptr(at, [8 * n], element))
 
-    types = (plgpu.Layout.WGMMA, plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR)
+    types = (plgpu.Layout.WGMMA, plgpu.RefType(), SCALAR, SCALAR, SCALAR)
     plgpu.inline_mgpu(arg_types=types)(put)(acc, out, base, first, count)
 
 
@@ -68,16 +68,16 @@ def store_row_values(x: jax.Array, out: Any, base: jax.Array, first: jax.Array, 
 
     def put(ctx: Any, x: Any, out: Any, base: Any, first: Any, count: Any) -> None:
         element = ir.MemRefType(out.type).element_type
-        lane = arith.remui(_thread(), _i32(32))
-        top = arith.addi(arith.muli(arith.divui(_thread(), _i32(32)), _i32(16)), arith.divui(lane, _i32(4)))
+        lane = arith.remui(thread_index(), constant(32))
+        top = arith.addi(arith.muli(arith.divui(thread_index(), constant(32)), constant(16)), arith.divui(lane, constant(4)))
         top = arith.subi(top, first.registers.item())
-        leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, _i32(4)), _i32(0))
+        leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, constant(4)), constant(0))
         for half in range(2):
-            row = arith.addi(top, _i32(8 * half))
-            with mgpu.when(arith.andi(leads, _below(row, count.registers.item()))):
-                llvm.store(x.registers[0, 0, half, 0, 0], _at(out, arith.addi(base.registers.item(), row), element))
+            row = arith.addi(top, constant(8 * half))
+            with mgpu.when(arith.andi(leads, is_below(row, count.registers.item()))):
+                llvm.store(x.registers[0, 0, half, 0, 0], element_at(out, arith.addi(base.registers.item(), row), element))
 
-    types = (_ROWS, plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR)
+    types = (ROW_VALUES, plgpu.RefType(), SCALAR, SCALAR, SCALAR)
     plgpu.inline_mgpu(arg_types=types)(put)(x, out, base, first, count)
 
 
@@ -90,12 +90,12 @@ def arrive(counters: Any, index: jax.Array, shared: Any, slot: jax.Array) -> jax
 
     def count(ctx: Any, counters: Any, index: Any, shared: Any, slot: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        box = _at(shared, slot.registers.item(), i32)
+        box = element_at(shared, slot.registers.item(), i32)
         mgpu.warpgroup_barrier()
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, _thread(), _i32(0))):
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, thread_index(), constant(0))):
             before = mgpu.inline_ptx(
                 "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
-                _at(counters, index.registers.item(), i32),
+                element_at(counters, index.registers.item(), i32),
                 result_types=i32,
                 has_side_effects=True,
             )
@@ -103,8 +103,8 @@ def arrive(counters: Any, index: jax.Array, shared: Any, slot: jax.Array) -> jax
         mgpu.warpgroup_barrier()
         return FragmentedArray.splat(llvm.load(i32, box), (), WGSplatFragLayout(()), is_signed=True)
 
-    types = (plgpu.RefType(), _SCALAR, plgpu.RefType(), _SCALAR)
-    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    types = (plgpu.RefType(), SCALAR, plgpu.RefType(), SCALAR)
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
     before: jax.Array = plgpu.inline_mgpu(arg_types=types, return_type=result)(count)(counters, index, shared, slot)
     return before
 
@@ -143,21 +143,21 @@ def merge_partials(
             return mgpu.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=f32)
 
         for start in range(0, rows * dim, 4 * THREADS):
-            element = arith.addi(arith.muli(_thread(), _i32(4)), _i32(start))
-            with mgpu.when(_below(element, _i32(rows * dim))):
-                row = arith.divui(element, _i32(dim))
+            element = arith.addi(arith.muli(thread_index(), constant(4)), constant(start))
+            with mgpu.when(is_below(element, constant(rows * dim))):
+                row = arith.divui(element, constant(dim))
                 zero = mgpu.c(0.0, f32)
 
                 def chunk(k: Any, carry: Any, element: Any = element, row: Any = row) -> Any:
                     acc, top, total = carry
                     values, weights = [], []
                     for u in range(unroll):
-                        s = arith.addi(arith.muli(k, _i32(unroll)), _i32(u))
-                        used = _below(s, count)
-                        slot = arith.addi(first, arith.muli(arith.select(used, s, _i32(0)), _i32(stride)))
-                        at = _at(lse, arith.addi(arith.muli(slot, _i32(rows)), row), f32)
+                        s = arith.addi(arith.muli(k, constant(unroll)), constant(u))
+                        used = is_below(s, count)
+                        slot = arith.addi(first, arith.muli(arith.select(used, s, constant(0)), constant(stride)))
+                        at = element_at(lse, arith.addi(arith.muli(slot, constant(rows)), row), f32)
                         weights.append(arith.select(used, llvm.load(f32, at), mgpu.c(-1e30, f32)))
-                        at = _at(parts, arith.addi(arith.muli(slot, _i32(rows * dim)), element), f32)
+                        at = element_at(parts, arith.addi(arith.muli(slot, constant(rows * dim)), element), f32)
                         values.append(llvm.load(four, at, alignment=16))
                     high = top
                     for w in weights:
@@ -171,13 +171,13 @@ def merge_partials(
                     return [acc, high, total]
 
                 state = [spread(zero), mgpu.c(-1e30, f32), zero]
-                acc, _, total = mgpu.fori(arith.ceildivui(count, _i32(unroll)), state)(chunk).results
+                acc, _, total = mgpu.fori(arith.ceildivui(count, constant(unroll)), state)(chunk).results
                 acc = arith.mulf(acc, spread(arith.divf(mgpu.c(1.0, f32), total)))
                 if out_type != f32:
                     acc = arith.truncf(ir.VectorType.get((4,), out_type), acc)
-                llvm.store(acc, _at(out, arith.addi(base, element), out_type), alignment=8)
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, _thread(), _i32(0))):
-            llvm.store(_i32(0), _at(counters, index, i32))
+                llvm.store(acc, element_at(out, arith.addi(base, element), out_type), alignment=8)
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, thread_index(), constant(0))):
+            llvm.store(constant(0), element_at(counters, index, i32))
 
-    types = (plgpu.RefType(),) * 4 + (_SCALAR,) * 4
+    types = (plgpu.RefType(),) * 4 + (SCALAR,) * 4
     plgpu.inline_mgpu(arg_types=types)(merge)(parts, lse, counters, out, first, count, index, base)

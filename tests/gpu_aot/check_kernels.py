@@ -23,7 +23,13 @@ from tests.tpu.steps import compile_step, plan, write_config
 
 TARGET = "gpu:h100:1"
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-KNOWN = ("h256", "gemma", "e4m3 h64", "e4m3 h256")  # heads of 256, and 8-bit pages of 64: some bytes (bench/NOTES.md)
+KNOWN = (
+    "h256",
+    "gemma",
+    "e4m3 h64",
+    "e4m3 h256",
+    "shared e4m3",
+)  # heads of 256, some with 8-bit pages: few bytes (bench/NOTES.md)
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +91,11 @@ def test_a_step_multiplies_by_kernels(quantization: str | None, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("program", ["decode 16", "decode 256", "forward 512"])
-def test_a_step_runs_kernels_and_spills_nothing(program: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = plan(write_config(tmp_path, num_hidden_layers=3), TARGET)
+@pytest.mark.parametrize("options", [{}, {"share_page_reads": True}], ids=["plain", "shared"])
+def test_a_step_runs_kernels_and_spills_nothing(
+    program: str, options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = plan(write_config(tmp_path, num_hidden_layers=3), TARGET, **options)
     compiled = compile_step(model, program)
     found = spilled("".join(capfd.readouterr()))
     assert found and max(found) == 0

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_prefill
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_decode, mosaic_gpu_prefill
 
 _wgmma = plgpu.wgmma
 
@@ -29,6 +30,8 @@ def interpreted() -> Iterator[None]:
         patch.setattr(pl, "run_state", _run_state)
         patch.setattr(plgpu, "wgmma", _multiply)
         patch.setattr(mosaic_gpu_prefill, "store_rows", store_rows)
+        for function in DECODE:
+            patch.setattr(mosaic_gpu_decode, function.__name__, function)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         assert not gpu_callbacks.get_races().races_found
@@ -61,10 +64,97 @@ def _place(ref: Any, element: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.unravel_index(element // ref.shape[-1], ref.shape[:-1]))
 
 
+def _each(first: jax.Array | int, end: jax.Array | int, f: Callable[[jax.Array], None]) -> None:
+    def step(i: jax.Array, carry: None) -> None:
+        f(i)
+
+    lax.fori_loop(first, end, step, None)
+
+
 def store_rows(acc: jax.Array, out: Any, base: jax.Array, first: jax.Array, count: jax.Array, *, stride: int) -> None:
     acc = acc.astype(out.dtype)
 
-    def put(row: jax.Array, carry: None) -> None:
+    def put(row: jax.Array) -> None:
         out[_place(out, base + stride * (row - first))] = acc[row]
 
-    jax.lax.fori_loop(first, first + count, put, None)
+    _each(first, first + count, put)
+
+
+def store_row_values(x: jax.Array, out: Any, base: jax.Array, first: jax.Array, count: jax.Array) -> None:
+    def put(row: jax.Array) -> None:
+        out[tuple(jnp.unravel_index(base + row - first, out.shape))] = x[row]
+
+    _each(first, first + count, put)
+
+
+def arrive(counters: Any, index: jax.Array, shared: Any, slot: jax.Array) -> jax.Array:
+    before: jax.Array = counters[index]
+    counters[index] = before + 1
+    return before
+
+
+def merge_partials(
+    parts: Any, lse: Any, counters: Any, out: Any, first: jax.Array, count: jax.Array, index: jax.Array, base: jax.Array, *,
+    rows: int, stride: int,
+) -> None:  # fmt: skip
+    def add(s: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.exp2(lse[first + s * stride])
+        return sums[0] + weights[:, None] * parts[first + s * stride], sums[1] + weights
+
+    total, weights = lax.fori_loop(0, count, add, (jnp.zeros(parts.shape[1:]), jnp.zeros(rows)))
+    merged = (total / weights[:, None]).astype(out.dtype)
+    for row in range(rows):
+        out[_place(out, base + row * parts.shape[-1])] = merged[row]
+    counters[index] = jnp.int32(0)
+
+
+def load_tile_rows(
+    source: Any, rows: Any, start: jax.Array, count: jax.Array, base: jax.Array, *, group: int, stride: int
+) -> jax.Array:
+    def get(i: jax.Array, tile: jax.Array) -> jax.Array:
+        place = base + rows[start + i // group] * stride + i % group * source.shape[-1]
+        return tile.at[i].set(source[_place(source, place)])
+
+    return lax.fori_loop(0, count * group, get, jnp.zeros((64, source.shape[-1]), source.dtype))
+
+
+def store_tile_rows(
+    acc: jax.Array, out: Any, rows: Any, start: jax.Array, count: jax.Array, base: jax.Array, *, group: int, stride: int
+) -> None:
+    def put(i: jax.Array) -> None:
+        out[_place(out, base + rows[start + i // group] * stride + i % group * out.shape[-1])] = acc[i]
+
+    _each(0, count * group, put)
+
+
+def store_tile_row_values(
+    x: jax.Array, out: Any, rows: Any, start: jax.Array, count: jax.Array, base: jax.Array, *, group: int, stride: int
+) -> None:
+    def put(i: jax.Array) -> None:
+        out[tuple(jnp.unravel_index(base + rows[start + i // group] * stride + i % group, out.shape))] = x[i]
+
+    _each(0, count * group, put)
+
+
+def arrive_for_rows(
+    counters: Any, rows: Any, wanted: Any, start: jax.Array, count: jax.Array, base: jax.Array, shared: Any, slot: jax.Array, *,
+    stride: int,
+) -> None:  # fmt: skip
+    def ask(i: jax.Array) -> None:
+        row = rows[start + i]
+        before = arrive(counters, base + row * stride, shared, slot)
+        shared[slot + i] = (before + 1 == wanted[row]).astype(jnp.int32)
+
+    _each(0, count, ask)
+
+
+DECODE = [
+    store_rows,
+    store_row_values,
+    arrive,
+    merge_partials,
+    load_tile_rows,
+    store_tile_rows,
+    store_tile_row_values,
+    arrive_for_rows,
+]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_write, reference, write_kv
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import check_decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import (
     ALIGN,
     BLOCK,
@@ -22,6 +21,7 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import (
     plan_prefill,
 )
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import check_decode
 from tests.pallas_kernels.gpu_interpreter import interpreted
 from tests.pallas_kernels.paged_cases import Shape, paged_case
 

@@ -1,0 +1,98 @@
+"""The decode kernel's producer: copies the pages of each work item into the ring, and widens 8-bit ones to 16 bits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import BLOCK
+
+plgpu: Any = _mosaic_gpu  # not typed
+
+
+def copy_pages(
+    pair: Any, mine: Any, item: Any, kv: Any, tables: Any, _arrivals: Any, _sharing: Any, _sinks: Any, _out: Any, _parts: Any,
+    _lse: Any, _qs: Any, ks: Any, vs: Any, wide: Any, _box: Any, _q_full: Any, k_full: Any, v_full: Any, k_free: Any, v_free: Any,
+    wide_full: Any, wide_free: Any, *, stages: int, page_size: int, windowed: bool,
+) -> None:  # fmt: skip
+    """Copies the pages of each item into the ring of this pair of warpgroups; takes the kernel's arguments as they come."""
+    num_boxes, box = kv.shape[0], kv.shape[1]
+    per_page = page_size // box
+    narrow = wide is not None
+
+    def widen(t: jax.Array) -> None:
+        slot = pair * stages + lax.rem(t, stages)
+        for v, (ring, full) in enumerate(((ks, k_full), (vs, v_full))):
+            plgpu.barrier_wait(full.at[slot])
+            x = plgpu.load(ring.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+
+            @pl.when(t > 0)
+            def _(v: int = v) -> None:
+                plgpu.barrier_wait(wide_free.at[2 * pair + v])
+
+            wide[2 * pair + v] = x.astype(wide.dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(wide_full.at[2 * pair + v])
+
+    def copy_item(n: jax.Array, t: jax.Array) -> Any:
+        row, head, lo, hi, _, _, visible = item(n)[:7]
+
+        def copy_block(j: jax.Array, t: jax.Array) -> Any:
+            slot = pair * stages + lax.rem(t, stages)
+            base = lo + j * BLOCK
+
+            def index_of(p: int) -> jax.Array:
+                token = base + p * box
+                wanted = token < hi
+                if windowed:  # pages before the window may be gone
+                    wanted &= token + box > visible
+                page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), page_size)]
+                index = page * per_page + lax.div(lax.rem(token, page_size), box)
+                return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
+
+            def copy(v: int, p: int, index: jax.Array) -> None:
+                ring, full = ((ks, k_full), (vs, v_full))[v]
+                at = ring.at[slot, pl.ds(p * box, box)]
+                plgpu.copy_gmem_to_smem(kv.at[index, :, 2 * head + v], at, full.at[slot])
+
+            if narrow:  # page by page: all their indices at once spill
+                for p in range(BLOCK // box):
+                    index = index_of(p)
+                    copy(0, p, index)
+                    copy(1, p, index)
+            else:
+                ids = [index_of(p) for p in range(BLOCK // box)]
+                for v, free in enumerate((k_free, v_free)):
+
+                    @pl.when(t >= stages)
+                    def _(free: Any = free) -> None:
+                        plgpu.barrier_wait(free.at[slot])
+
+                    for p, index in enumerate(ids):
+                        copy(v, p, index)
+            if narrow:  # widened `stages - 1` blocks later, when the copy has arrived
+
+                @pl.when(t >= stages - 1)
+                def _() -> None:
+                    widen(t - (stages - 1))
+
+            return t + 1
+
+        return lax.fori_loop(0, lax.div(hi - lo + (BLOCK - 1), BLOCK), copy_block, t)
+
+    t = lax.fori_loop(0, mine, copy_item, jnp.int32(0))
+    if narrow:
+
+        @pl.loop(jnp.maximum(t - (stages - 1), 0), t)
+        def _(t: jax.Array) -> None:
+            widen(t)
+
+    depth = 1 if narrow else stages
+
+    @pl.loop(jnp.maximum(t - depth, 0), t)
+    def _(t: jax.Array) -> None:  # the interpreter wants every arrival waited for
+        for v, free in enumerate((k_free, v_free)):
+            plgpu.barrier_wait(wide_free.at[2 * pair + v] if narrow else free.at[pair * stages + lax.rem(t, stages)])
