@@ -66,6 +66,7 @@ LOGITS: dict[str, int] = {
     "LagunaForCausalLM": 1,
     "Lfm2ForCausalLM": 2,
     "Lfm2MoeForCausalLM": 1,
+    "Lfm3ForCausalLM": 1,
     "Llama4ForCausalLM": 1,
     "LlamaForCausalLM": 4,
     "LongcatFlashForCausalLM": 1,

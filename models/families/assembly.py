@@ -78,8 +78,8 @@ class Assembly(ABC):
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         """The wanted part of the parameter, in the checkpoint's dtype and in whatever order of memory costs least."""
 
-    def choose(self, target: Target, has: Callable[[str], bool]) -> Assembly:
-        """The assembly that a checkpoint needs, which `has` tensors of some names."""
+    def choose(self, target: Target, shape_of: Callable[[str], Shape | None]) -> Assembly:
+        """The assembly that a checkpoint needs, whose tensors have these shapes; None for a tensor that it does not have."""
         return self
 
 
@@ -99,9 +99,9 @@ class OneOf(Assembly):
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
         return self.forms[0].read(tensors, target, index)
 
-    def choose(self, target: Target, has: Callable[[str], bool]) -> Assembly:
-        fitting = (form for form in self.forms if all(map(has, form.names(target))))
-        return next(fitting, self.forms[0]).choose(target, has)
+    def choose(self, target: Target, shape_of: Callable[[str], Shape | None]) -> Assembly:
+        fitting = (form for form in self.forms if None not in map(shape_of, form.names(target)))
+        return next(fitting, self.forms[0]).choose(target, shape_of)
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,16 @@ def _key_dim(target: Target) -> int:
     return _delta(target).num_key_heads * _delta(target).key_dim
 
 
-def _qk_rows(target: Target) -> tuple[int, int]:
+def qkv_sizes(target: Target) -> tuple[int, int, int]:
+    """Rows of all queries, keys and values."""
+    return _key_dim(target), _key_dim(target), _value_dim(target)
+
+
+def qk_rows(target: Target) -> tuple[int, int]:
     return 0, 2 * _key_dim(target) + _value_dim(target)
 
 
-def _v_rows(target: Target) -> tuple[int, int]:
+def v_rows(target: Target) -> tuple[int, int]:
     return 2 * _key_dim(target), 2 * _key_dim(target) + _value_dim(target)
 
 
@@ -118,8 +123,8 @@ def _ba(part: int) -> HeadRows:
 _LINEAR = LAYER + "linear_attn."
 _MIXER = "layers.{i}.mixer."
 _DELTA: Table = {
-    _MIXER + "conv_qk": ConvRows(_LINEAR + "conv1d.weight", axes=3, part=_qk_rows),
-    _MIXER + "conv_v": ConvRows(_LINEAR + "conv1d.weight", axes=3, part=_v_rows),
+    _MIXER + "conv_qk": ConvRows(_LINEAR + "conv1d.weight", axes=3, part=qk_rows),
+    _MIXER + "conv_v": ConvRows(_LINEAR + "conv1d.weight", axes=3, part=v_rows),
     _MIXER + "dt_bias": Rows(_LINEAR + "dt_bias", axes=2),
     _MIXER + "a_log": Rows(_LINEAR + "A_log", axes=2),
     _MIXER + "norm": Same(_LINEAR + "norm.weight"),
@@ -131,9 +136,9 @@ _BY_HEAD: Table = {  # Qwen3-Next
     _MIXER + "ba": Joined((_ba(0), _ba(1)), axis=-3),
 }
 _BY_KIND: Table = {  # Qwen3.5
-    _MIXER + "qk": Rows(_LINEAR + "in_proj_qkv.weight", axes=3, part=_qk_rows),
+    _MIXER + "qk": Rows(_LINEAR + "in_proj_qkv.weight", axes=3, part=qk_rows),
     _MIXER + "vz": Joined(
-        (Rows(_LINEAR + "in_proj_qkv.weight", axes=3, part=_v_rows), Rows(_LINEAR + "in_proj_z.weight", axes=3)), axis=-4
+        (Rows(_LINEAR + "in_proj_qkv.weight", axes=3, part=v_rows), Rows(_LINEAR + "in_proj_z.weight", axes=3)), axis=-4
     ),
     _MIXER + "ba": Joined((Rows(_LINEAR + "in_proj_b.weight", axes=2), Rows(_LINEAR + "in_proj_a.weight", axes=2)), axis=-3),
 }

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
-from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Projection, Same, Stack
 from jaxserve.models.families.borrowing import (
@@ -22,13 +18,12 @@ from jaxserve.models.families.from_config import activation, attention, decoder,
 from jaxserve.models.families.llama import BIASES, LLAMA
 from jaxserve.models.families.moe_assembly import FusedDown, FusedUp
 from jaxserve.models.families.qkv_assembly import Qkv
-from jaxserve.models.families.rope_config import rope
+from jaxserve.models.families.rope_config import proportional_rope, rope
 from jaxserve.models.families.tensors import LAYER, Table, layer_norms, norm_tensors
 from jaxserve.models.spec import (
     AttentionSpec,
     BorrowingAttentionSpec,
     DecoderSpec,
-    FactorScaling,
     MlpSpec,
     MoeSpec,
     RopeSpec,
@@ -83,7 +78,7 @@ def _gemma4(config: HfConfig) -> DecoderSpec:
         own, is_full = config.per_layer_config[i], seen[i] is None
         spec = attention(
             own,
-            _gemma4_rope(config.rope_parameters[config.layer_types[i]], own.head_dim),
+            proportional_rope(config, config.rope_parameters[config.layer_types[i]], own.head_dim),
             window=seen[i],
             **flags(config, BIASES),
             scale=1.0,
@@ -120,22 +115,6 @@ def _gemma4_block(config: HfConfig, *, is_borrowing: bool) -> MlpSpec | MoeSpec:
         shared=dense,
         norms=rms(config),
     )
-
-
-def _gemma4_rope(parameters: Mapping[str, Any], dim: int) -> RopeSpec:
-    """In a "proportional" one the later pairs of a head stand still, and the earlier ones turn as if all did."""
-    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
-    unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
-    if unknown or kind not in ("default", "proportional"):
-        raise ModelLoadError(
-            f"gemma4 with rope_parameters {parameters} is not supported; jaxserve can do default and proportional"
-        )
-    if kind == "default":
-        refuse(SimpleNamespace(model_type="gemma4", **parameters), partial_rotary_factor=1.0, factor=1.0)
-        return RopeSpec(theta=theta, rotary_dim=dim)
-    turning = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
-    factors = (float(parameters.get("factor", 1.0)),) * turning + (math.inf,) * (dim // 2 - turning)
-    return RopeSpec(theta=theta, rotary_dim=dim, scaling=FactorScaling(factors=factors))
 
 
 def _gemma4_table(spec: DecoderSpec) -> Table:

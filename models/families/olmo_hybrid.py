@@ -7,9 +7,10 @@ from dataclasses import replace
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import OneOf, Projection, Same
 from jaxserve.models.families.from_config import activation, attention, decoder, flags, layer_types, mlp, rms
+from jaxserve.models.families.gated_delta import qk_rows, qkv_sizes, v_rows
 from jaxserve.models.families.llama import BIASES
 from jaxserve.models.families.olmo import OLMO2
-from jaxserve.models.families.recurrent_tensors import ConvRows, Joined, Rows, either
+from jaxserve.models.families.recurrent_tensors import ConvRows, CutConv, Joined, Rows, either
 from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER, Table
 from jaxserve.models.recurrent_spec import GatedDeltaSpec
@@ -40,12 +41,13 @@ def _olmo_hybrid(config: HfConfig) -> DecoderSpec:
 
 _LINEAR = LAYER + "linear_attn."
 _MIXER = "layers.{i}.mixer."
+_CONVS = tuple(f"{_LINEAR}{name}_conv1d.weight" for name in "qkv")
 _DELTA: Table = {
     _MIXER + "qk": Joined(tuple(Rows(f"{_LINEAR}{name}_proj.weight", axes=2) for name in "qk"), axis=-3),
     _MIXER + "vz": Joined(tuple(Rows(f"{_LINEAR}{name}_proj.weight", axes=3) for name in "vg"), axis=-4),
     _MIXER + "ba": Joined(tuple(Rows(f"{_LINEAR}{name}_proj.weight", axes=2) for name in "ba"), axis=-3),
-    _MIXER + "conv_qk": Joined(tuple(ConvRows(f"{_LINEAR}{name}_conv1d.weight", axes=2) for name in "qk"), axis=-3),
-    _MIXER + "conv_v": ConvRows(f"{_LINEAR}v_conv1d.weight", axes=3),
+    _MIXER + "conv_qk": CutConv(_CONVS, ConvRows("", axes=3, part=qk_rows), qkv_sizes),
+    _MIXER + "conv_v": CutConv(_CONVS, ConvRows("", axes=3, part=v_rows), qkv_sizes),
     _MIXER + "dt_bias": Rows(f"{_LINEAR}dt_bias", axes=2),
     _MIXER + "a_log": Rows(f"{_LINEAR}A_log", axes=2),
     _MIXER + "norm": Same(f"{_LINEAR}o_norm.weight"),

@@ -80,6 +80,56 @@ class ConvRows(Rows):
 
 
 @dataclass(frozen=True)
+class CutConv(Assembly):
+    """Some channels of one convolution that checkpoints hold in three: cut between q, k and v, or, as transformers saves it, even.
+
+    Attributes:
+        tensors: the three.
+        whole: reads the one that they make up, whose name does not matter.
+        sizes: channels of q, k and v.
+    """
+
+    tensors: tuple[str, ...]
+    whole: ConvRows
+    sizes: Callable[[Target], tuple[int, ...]]
+    is_even: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.tensors
+
+    def choose(self, target: Target, shape_of: Callable[[str], Shape | None]) -> Assembly:
+        shapes = tuple(map(shape_of, self.tensors))
+        even = replace(self, is_even=True)
+        return even if shapes == even.shapes(target) else self
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        ((_, *rest),) = self.whole.shapes(target)
+        return tuple((size, *rest) for size in self._cut(target))
+
+    def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
+        ends = np.cumsum(self._cut(target)).tolist()
+
+        def joined(wanted: Index) -> np.ndarray:
+            rows, *rest = wanted
+            parts = []
+            for read, start, end in zip(tensors, (0, *ends), ends, strict=False):
+                first, last = max(rows.start, start), min(rows.stop, end)
+                if first < last:
+                    parts.append(read((slice(first - start, last - start), *rest)))
+            return np.concatenate(parts)
+
+        return self.whole.read([joined], target, index)
+
+    def _cut(self, target: Target) -> tuple[int, ...]:
+        sizes = self.sizes(target)
+        if not self.is_even:
+            return sizes
+        part = -(-sum(sizes) // len(sizes))
+        return tuple(min(part, sum(sizes) - i * part) for i in range(len(sizes)))
+
+
+@dataclass(frozen=True)
 class Joined(Assembly):
     """Several assemblies' results, one after the other along an axis of their own, which `axis` counts from the end."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import HfConfig
-from jaxserve.models.families.from_config import head_dim
+from jaxserve.models.families.from_config import head_dim, refuse
 from jaxserve.models.spec import FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
 
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -68,6 +69,22 @@ def rope(
         scaling=_scaling(config, kind, fields, rotary_dim),
         interleaved=interleaved,
     )
+
+
+def proportional_rope(config: HfConfig, parameters: Mapping[str, Any], dim: int) -> RopeSpec:
+    """A rope that may be "proportional": the later pairs of a head stand still, and the earlier ones turn as if all did."""
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+    if unknown or kind not in ("default", "proportional"):
+        raise ModelLoadError(
+            f"{config.model_type} with rope_parameters {parameters} is not supported; jaxserve can do default and proportional"
+        )
+    if kind == "default":
+        refuse(SimpleNamespace(model_type=config.model_type, **parameters), partial_rotary_factor=1.0, factor=1.0)
+        return RopeSpec(theta=theta, rotary_dim=dim)
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+    factors = (float(parameters.get("factor", 1.0)),) * turning + (math.inf,) * (dim // 2 - turning)
+    return RopeSpec(theta=theta, rotary_dim=dim, scaling=FactorScaling(factors=factors))
 
 
 def _scaling(config: HfConfig, kind: str, fields: Mapping[str, Any], rotary_dim: int) -> RopeScaling | None:

@@ -85,12 +85,13 @@ def _plan(model: ModelDescription, source: ModelSource) -> Iterator[_Job]:
         layer = model.spec.layers[int(number)] if match else None
         assembly = table.get(parameter.path) or table[_LAYER.sub("layers.{i}.", parameter.path)]
         target = Target(parameter.path, parameter.abstract.shape, layer)
-        assembly = assembly.choose(target, partial(_has, source, number))
+        assembly = assembly.choose(target, partial(_shape_of, source, number))
         yield _Job(parameter, target, assembly, tuple(name.replace("{i}", number) for name in assembly.names(target)))
 
 
-def _has(source: ModelSource, layer: str, name: str) -> bool:
-    return name.replace("{i}", layer) in source.tensors
+def _shape_of(source: ModelSource, layer: str, name: str) -> tuple[int, ...] | None:
+    tensor = source.tensors.get(name.replace("{i}", layer))
+    return None if tensor is None else tensor.shape
 
 
 def _check(jobs: list[_Job], model: ModelDescription, source: ModelSource) -> None:

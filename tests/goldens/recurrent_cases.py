@@ -106,7 +106,7 @@ OLMO_HYBRID = {
     "num_hidden_layers": 2,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
-    "linear_key_head_dim": 24,  # transformers saves the convolutions of q, k and v as if they had as many channels each
+    "linear_key_head_dim": 24,
     "linear_value_head_dim": 12,
 }
 EXPERTS = {
@@ -136,6 +136,13 @@ ZAMBA2 = {
     "chunk_size": 16,
 }
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+LFM3 = {
+    "layer_types": ["conv", "sliding_attention", "full_attention"],
+    "conv_L_cache": 5,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
 MINIMAX = {
     "num_local_experts": 4,
     "head_dim": 16,
@@ -182,6 +189,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2_moe",
         LFM2 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_dense_layers": 1},
     ),
+    "lfm3": ("lfm3", LFM3),
     "mamba": ("mamba", {"state_size": 8, "tie_word_embeddings": True}),
     "mamba2": ("mamba2", {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "chunk_size": 16}),
     "mamba2_bias": ("mamba2", MAMBA2_BIAS),
