@@ -278,6 +278,8 @@ ARCHITECTURES = tuple(
     Architecture(name=name, model_type=model_type, spec=spec, tensors=table)
     for name, model_type, spec, table in (
         ("LlamaForCausalLM", "llama", _llama, LLAMA),
+        ("InternLM3ForCausalLM", "internlm3", _llama, LLAMA),
+        ("IQuestCoderForCausalLM", "iquestcoder", _llama, LLAMA),
         ("MistralForCausalLM", "mistral", _mistral, LLAMA),
         ("MinistralForCausalLM", "ministral", _ministral, LLAMA),
         ("Ministral3ForCausalLM", "ministral3", _ministral3, LLAMA),

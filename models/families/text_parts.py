@@ -1,4 +1,4 @@
-"""Text parts of models that also take images: Mistral 3, Llama 4, Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Knows nothing of images."""
+"""Text parts of models that also take images: Mistral 3, Llama 4, Qwen-VL, LLaVA, InternVL, SmolVLM. Knows nothing of images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from jaxserve.models.spec import DecoderSpec, RouterSpec
 
 _TEXT = {a.model_type: a for a in (*llama.ARCHITECTURES, *gpt_oss.ARCHITECTURES)}
 _NAMES = {"language_model.": "", "model.language_model.": "model."}  # before and since transformers 4.52
-_VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "visual.")
+_VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "connector.", "visual.", "image_newline")
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def _whole(name: str, model_type: str, *text_types: str) -> Architecture:
+def _whole(name: str, model_type: str, *text_types: str, renames: Mapping[str, str] = _NAMES) -> Architecture:
     """A model around one of these text models, whose tables are the same."""
 
     def spec(config: HfConfig) -> DecoderSpec:
@@ -32,7 +33,7 @@ def _whole(name: str, model_type: str, *text_types: str) -> Architecture:
             )
         return _TEXT[text.model_type].spec(text)
 
-    return _architecture(name, model_type, spec, _TEXT[text_types[0]].tensors)
+    return _architecture(name, model_type, spec, _TEXT[text_types[0]].tensors, renames)
 
 
 def _architecture(name: str, model_type: str, spec: Any, tensors: Any, renames: Mapping[str, str] = _NAMES) -> Architecture:
@@ -71,6 +72,12 @@ _QWEN3_MOE: Table = LLAMA | {
 
 ARCHITECTURES = (
     _whole("Mistral3ForConditionalGeneration", "mistral3", "mistral", "ministral3"),
+    _whole("LlavaForConditionalGeneration", "llava", *_LLAMAS),
+    _whole("LlavaNextForConditionalGeneration", "llava_next", *_LLAMAS),
+    _whole("LlavaOnevisionForConditionalGeneration", "llava_onevision", *_LLAMAS),
+    _whole("InternVLForConditionalGeneration", "internvl", *_LLAMAS),
+    _whole("Idefics3ForConditionalGeneration", "idefics3", "llama", renames={"model.text_model.": "model."}),
+    _whole("SmolVLMForConditionalGeneration", "smolvlm", "llama", renames={"model.text_model.": "model."}),
     _whole("Llama4ForConditionalGeneration", "llama4", "llama4_text"),
     _architecture("Qwen2VLForConditionalGeneration", "qwen2_vl", _qwen2_vl, LLAMA),
     _architecture("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", _qwen2_vl, LLAMA),

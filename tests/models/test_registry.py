@@ -45,6 +45,17 @@ def test_class_and_model_type_must_agree() -> None:
         spec_of("llama", model_type="mamba")
 
 
+@pytest.mark.parametrize("name, kind", [("InternLM3ForCausalLM", "internlm3"), ("IQuestCoderForCausalLM", "iquestcoder")])
+def test_llama_by_other_names(name: str, kind: str) -> None:
+    assert spec_of("llama", architectures=[name], model_type=kind) == spec_of("llama")
+
+
+def test_internlm3_has_names_of_its_own_for_biases() -> None:
+    names = {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}
+    got = spec_of("llama_bias", ("attention_bias", "mlp_bias"), **names, qkv_bias=True, bias=True)
+    assert got == spec_of("llama_bias")
+
+
 def test_llama_old_rope_fields() -> None:
     rope = dict(cases.read_config("llama")["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")

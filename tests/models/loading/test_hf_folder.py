@@ -173,6 +173,9 @@ def test_generation_config(files: dict[str, Any], wanted: dict[str, Any], tmp_pa
         ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", "gemma4_unified_text"),
         ("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
         ("Mistral3ForConditionalGeneration", "mistral3", "ministral3"),
+        ("LlavaForConditionalGeneration", "llava", "llama2"),
+        ("InternVLForConditionalGeneration", "internvl", "qwen3"),
+        ("SmolVLMForConditionalGeneration", "smolvlm", "llama"),
         ("Llama4ForConditionalGeneration", "llama4", "llama4_text"),
         ("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2"),
         ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_window"),
@@ -183,7 +186,7 @@ def test_generation_config(files: dict[str, Any], wanted: dict[str, Any], tmp_pa
 def test_models_with_images_as_text_models(name: str, model_type: str, case: str, tmp_path: Path) -> None:
     """Every spelling of the text part's tensor names; the vision part is left out."""
     text = cases.read_config(case)
-    if "qwen" in model_type:
+    if model_type.startswith("qwen"):
         text["model_type"] = f"{model_type}_text"
     config = {"architectures": [name], "model_type": model_type, "text_config": text}
     config["tie_word_embeddings"] = text["tie_word_embeddings"]
@@ -191,7 +194,9 @@ def test_models_with_images_as_text_models(name: str, model_type: str, case: str
     tensors = cases.read_tensors(case)
     for i, (prefix, ours) in enumerate(find_architecture(config).renames.items()):
         spelled = {prefix + n.removeprefix(ours) if n.startswith(ours) else n: t for n, t in fused(tensors, model_type).items()}
-        spelled[prefix.replace("language_model.", "vision_tower.weight")] = np.ones(4, np.float32)
+        spelled[prefix.replace("language_model", "vision_tower").replace("text_model", "vision_model") + "weight"] = np.ones(
+            4, np.float32
+        )
         folder = cases.write_checkpoint(tmp_path / str(i), case, config=config, tensors=spelled)
         model, weights = open_and_load(folder)
         assert model.spec == plain.spec
