@@ -203,7 +203,7 @@ class Engine:
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The weights in use, by name: the engine's own arrays."""
+        """The weights in use, by name: the engine's own arrays. On a CPU those of matmuls are [*out, *in], elsewhere [*in, *out]."""
         return self.weights.tree
 
     def update_params(self, tree: Any) -> int:
