@@ -73,11 +73,10 @@ def sample(
     """
     raw = logits.astype(jnp.float32)
     if is_branching:
-        modes = [m for m in (Mode.GREEDY, Mode.PLAIN, Mode.FULL, Mode.SHAPED) if shaping is not None or not m.needs_shaping]
-        branches = [partial(_tokens, mode=m) for m in modes]
-        tokens = lax.switch(_needed(samples), branches, raw, samples, shaping)
+        tokens = _tokens_as_needed(raw, samples, shaping)
     else:
-        tokens = _tokens(raw, samples, shaping, mode=mode)
+        noise = None if mode is Mode.GREEDY else _gumbel(samples, raw.shape[1])
+        tokens = _tokens(raw, samples, shaping, noise, mode=mode)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
     outputs = {"tokens": tokens}
@@ -85,6 +84,24 @@ def sample(
         targets = samples[:, TARGET]
         outputs |= _logprobs(raw, jnp.where(targets == NO_TARGET, tokens, targets))
     return outputs, shaping
+
+
+def _tokens_as_needed(raw: Float[Array, "S V"], samples: Int[Array, "S fields"], shaping: Shaping | None) -> Int[Array, " S"]:
+    """The tokens by the least mode that these rows need.
+
+    The noise is drawn before the branch that adds it: XLA for TPUs took minutes to compile it into each search for the best
+    token, and XLA for CPUs made loops of it that took twice as long.
+    """
+    needed = _needed(samples)
+    modes = [m for m in (Mode.PLAIN, Mode.FULL, Mode.SHAPED) if shaping is not None or not m.needs_shaping]
+
+    def drawn() -> Array:
+        branches = [partial(_tokens, mode=m) for m in modes]
+        tokens: Array = lax.switch(needed - 1, branches, raw, samples, shaping, _gumbel(samples, raw.shape[1]))
+        return tokens
+
+    tokens: Array = lax.cond(needed > 0, drawn, lambda: _tokens(raw, samples, shaping, None, mode=Mode.GREEDY))
+    return tokens
 
 
 def _needed(samples: Int[Array, "S fields"]) -> Int[Array, ""]:
@@ -95,23 +112,34 @@ def _needed(samples: Int[Array, "S fields"]) -> Int[Array, ""]:
 
 
 def _tokens(
-    raw: Float[Array, "S V"], samples: Int[Array, "S fields"], shaping: Shaping | None, *, mode: Mode
+    raw: Float[Array, "S V"],
+    samples: Int[Array, "S fields"],
+    shaping: Shaping | None,
+    noise: Float[Array, "S V"] | None,
+    *,
+    mode: Mode,
 ) -> Int[Array, " S"]:
-    """The row's tokens; NO_TOKEN where the best logit is not finite."""
+    """The row's tokens, the best ones without noise; NO_TOKEN where the best logit is not finite."""
     logits = shape_logits(raw, shaping, samples) if shaping is not None and mode.needs_shaping else raw
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, where there is one
-    tokens = greedy if mode is Mode.GREEDY else _draw(logits, samples, mode, greedy)
+    tokens = greedy if noise is None else _draw(logits, samples, mode, greedy, noise)
     best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
     return jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
 
 
-def _draw(logits: Float[Array, "S V"], samples: Int[Array, "S fields"], mode: Mode, greedy: Int[Array, " S"]) -> Int[Array, " S"]:
+def _draw(
+    logits: Float[Array, "S V"],
+    samples: Int[Array, "S fields"],
+    mode: Mode,
+    greedy: Int[Array, " S"],
+    noise: Float[Array, "S V"],
+) -> Int[Array, " S"]:
     """A token of each row's distribution; the best one where its temperature is 0."""
     temperature = bits_to_float(samples[:, TEMPERATURE])
     scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
     if mode is not Mode.PLAIN:
         scaled = jnp.where(_kept(scaled, samples), scaled, -jnp.inf)
-    drawn = jnp.argmax(scaled + _gumbel(samples, logits.shape[1]), axis=-1).astype(jnp.int32)
+    drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
     return jnp.where(temperature > 0, drawn, greedy)
 
 

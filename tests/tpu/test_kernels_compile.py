@@ -1,4 +1,7 @@
-"""The TPU kernels compile for every chip, and leave the pool where it is. Nothing runs."""
+"""The TPU kernels compile for every chip and many shapes, and leave the pool where it is. Nothing runs.
+
+`make test` has them within steps (test_steps_compile.py).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from jaxserve.tpu.target import open_target
 from tests.tpu.steps import CHIPS
 from tests.tpu.test_target import needs_libtpu
 
-pytestmark = [needs_libtpu, pytest.mark.usefixtures("no_compile_cache")]
+pytestmark = [needs_libtpu, pytest.mark.tpu, pytest.mark.usefixtures("no_compile_cache")]
 
 
 PAGES, PAGE_SIZE, ROWS = 8192, 64, 32  # a pool that no VMEM could hold
@@ -60,19 +63,17 @@ def check(compiled: Any, tokens: int, row_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("target", CHIPS)
-def test_every_kernel(target: str) -> None:
+def test_sinks_and_a_window(target: str) -> None:
     compiled = compile_layer(target, 256, 16, 4, 64, jnp.bfloat16, sinks=True, window=128)
     check(compiled, 256, 4 * 128 * 2)
 
 
-@pytest.mark.tpu
 @pytest.mark.parametrize("target", CHIPS)
 def test_decode_of_8_bits(target: str) -> None:
     compiled = compile_layer(target, ROWS, 16, 4, 128, jnp.float8_e4m3fn, softcap=30.0)
     check(compiled, ROWS, 4 * 256)
 
 
-@pytest.mark.tpu
 @pytest.mark.parametrize("target", CHIPS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(
@@ -84,7 +85,6 @@ def test_shapes(heads: int, kv_heads: int, head_dim: int, dtype: Any, target: st
     check(compiled, 512, kv_heads * lanes * jnp.dtype(dtype).itemsize)
 
 
-@pytest.mark.tpu
 @pytest.mark.parametrize("tokens", [ROWS, 256])
 @pytest.mark.parametrize("target", CHIPS)
 def test_latents(target: str, tokens: int) -> None:

@@ -14,16 +14,21 @@ pytestmark = [needs_libtpu, pytest.mark.usefixtures("no_compile_cache")]
 SIZES = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
 
 
-@pytest.mark.parametrize("step", ["decode 16", pytest.param("forward 256", marks=pytest.mark.tpu)])
-@pytest.mark.parametrize("target", CHIPS)
-def test_four_layers_on_four_devices(target: str, step: str, tmp_path: Path) -> None:
-    """Sums after each half of a layer and after the embedding; the logits are put together once."""
-    build = plan(write_config(tmp_path), target, 4, **SIZES)
+@pytest.mark.parametrize(
+    ("target", "step", "layers"),
+    [*((chip, step, 4) for chip in CHIPS for step in ("decode 16", "forward 256")), ("tpu:v6e:2x2", "decode 16", 32)],
+)
+def test_on_four_devices(target: str, step: str, layers: int, tmp_path: Path) -> None:
+    """Sums after each half of a layer and after the embedding; the logits are put together once.
+
+    A mixed step has both kernels. One that occurs in every layer is compiled once, so depth costs little.
+    """
+    build = plan(write_config(tmp_path, num_hidden_layers=layers), target, 4, **SIZES)
     compiled = compile_step(build, step)
     check_step(build, compiled)
     collectives = count_collectives(compiled.as_text())
     assert collectives.pop("all-gather") == 1
-    assert sum(collectives.values()) == 2 * 4 + 1, collectives
+    assert sum(collectives.values()) == 2 * layers + 1, collectives
 
 
 @pytest.mark.tpu
