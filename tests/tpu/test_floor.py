@@ -43,4 +43,7 @@ def test_more_devices_are_faster_and_bigger_batches_slower() -> None:
 @pytest.mark.tpu
 @pytest.mark.usefixtures("no_compile_cache")
 def test_counting_again_gives_the_same() -> None:
-    assert tpu_floor.count("llama-3.1-8b", 4) == COUNTS["llama-3.1-8b"]["4"]
+    """Up to the few operations around kernels, which change with them."""
+    counted = tpu_floor.count("llama-3.1-8b", 4)
+    for part, counts in COUNTS["llama-3.1-8b"]["4"].items():
+        assert counted[part] == pytest.approx(counts, rel=1e-3)
