@@ -18,6 +18,8 @@ from jaxserve.models.interface import LogicalAxes, MatmulKernel
 from jaxserve.models.layers.quantized import Fp8Weight, linear_fp8
 from jaxserve.pallas_kernels import skinny_matmul
 
+MANY_ROWS = 256  # from which on a CPU's products with the weight on the right are the quicker ones
+
 _kernel: ContextVar[MatmulKernel] = ContextVar("matmul kernel", default="xla")
 
 
@@ -124,10 +126,15 @@ def _by_kernel(x: Array, w: Array | Fp8Weight, contract: int, transpose: bool, o
 
 def _linear_outputs_first(x: Array, w: Array, contract: int, out_dtype: DTypeLike) -> Array:
     """With the weight on the left: XLA on a CPU packs the right side of a product anew each time, which takes as long as the
-    arithmetic of 16 rows, and reads the left side as it lies. But for the barrier it would swap them.
+    arithmetic of 16 rows, and reads the left side as it lies. But for the barrier it would swap them. Of many rows the result
+    is what costs, which then would have to be turned over.
     """
     x = x.reshape(*x.shape[: x.ndim - contract], -1)  # several axes in common would be copied into one in each step
     w = w.reshape(*w.shape[: w.ndim - contract], -1)
+    if x.ndim == 2 and x.shape[0] >= MANY_ROWS:
+        matrix = w.reshape(-1, w.shape[-1])  # of more axes it would be turned over
+        y = jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), precision=_precision(x), preferred_element_type=out_dtype)
+        return y.reshape(-1, *w.shape[:-1])
     axes = ((w.ndim - 1,), (x.ndim - 1,))
     y = jax.lax.dot_general(w, x, (axes, ((), ())), precision=_precision(x), preferred_element_type=out_dtype)
     rows = x.ndim - 1

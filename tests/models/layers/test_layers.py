@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.layers.linear import OutputsFirst, linear
+from jaxserve.models.layers.linear import MANY_ROWS, OutputsFirst, linear
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import inverse_frequencies, rotate, rotation
@@ -22,8 +22,9 @@ def normal(*shape: int) -> Any:
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-def test_linear_contracts_leading_axes() -> None:
-    x, w, bias = normal(5, 3, 4), normal(3, 4, 6, 7), normal(6, 7)
+@pytest.mark.parametrize("rows", [5, MANY_ROWS])
+def test_linear_contracts_leading_axes(rows: int) -> None:
+    x, w, bias = normal(rows, 3, 4), normal(3, 4, 6, 7), normal(6, 7)
     wanted = np.einsum("tnh,nhab->tab", x, w) + bias
     np.testing.assert_allclose(linear(x, w, bias, contract=2), wanted, rtol=1e-5, atol=1e-5)
     turned = OutputsFirst(w.transpose(2, 3, 0, 1))
