@@ -244,16 +244,16 @@ def compile_programs(
 ) -> Programs:
     """Compiles the whole list, in parallel: tracing shares Python, XLA's compiler does not."""
     *programs, smallest = declare_programs(inputs, apply_model, runtime)
-    # Alone, before the threads: of two that open jax's compile cache at once, one finds it in no state and goes without.
+    # Alone, before the threads: of two that open jax's compile cache at once, one may be told that there is none.
     executable, report = compile_program(smallest, runtime, traces)
     compiled, reports = {smallest.key: executable}, [report]
     with ThreadPoolExecutor(threads) as pool:
         jobs = {pool.submit(compile_program, program, runtime, traces): program for program in programs}
         for job in as_completed(jobs):
-            if on_progress is not None:
-                on_progress("compile", len(reports) + 1, len(jobs) + 1)
             compiled[jobs[job].key], report = job.result()
             reports.append(report)
+            if on_progress is not None:
+                on_progress("compile", len(reports), len(jobs) + 1)
     return Programs(compiled, tuple(reports))
 
 

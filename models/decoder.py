@@ -40,9 +40,8 @@ class DecoderLayer(nnx.Module):
         place = layer.norm_placement or spec.norm_placement
         before, behind = place not in ("post", "after"), place in ("post", "sandwich", "after")
         mixes, feeds, gains = layer.mixer is not None, layer.mlp is not None, spec.residual_gain
-        self.spec = replace(
-            spec, layers=(), norm_placement=place
-        )  # what layers share: equal for layers alike, which are then traced once
+        # What layers share: equal for layers alike, which are then traced once.
+        self.spec = replace(spec, layers=(), norm_placement=place)
         self.mixer_norm = norm(before and mixes)
         self.mixer = None if layer.mixer is None else make_mixer(spec.d_model, layer.mixer, dtype)
         self.mixer_out_norm = norm(behind and mixes)

@@ -15,6 +15,18 @@ from jaxserve.models.recurrent_spec import GatedDeltaSpec
 from jaxserve.models.spec import DecoderSpec, MixerSpec, MlpSpec, MoeSpec, RouterSpec
 
 
+def gated_delta(config: HfConfig) -> GatedDeltaSpec:
+    return GatedDeltaSpec(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        conv_kernel=config.linear_conv_kernel_dim,
+        activation=activation(config.hidden_act),
+        norm_eps=config.rms_norm_eps,
+    )
+
+
 def _spec(config: HfConfig, blocks: Sequence[MlpSpec | MoeSpec]) -> DecoderSpec:
     """blocks: of each layer."""
     norm, bias = rms(config, unit_offset=True), bool(config.attention_bias)
@@ -29,15 +41,7 @@ def _spec(config: HfConfig, blocks: Sequence[MlpSpec | MoeSpec]) -> DecoderSpec:
             out_gate=True,
             gate_bias=bias,
         ),
-        "linear_attention": GatedDeltaSpec(
-            num_key_heads=config.linear_num_key_heads,
-            num_value_heads=config.linear_num_value_heads,
-            key_dim=config.linear_key_head_dim,
-            value_dim=config.linear_value_head_dim,
-            conv_kernel=config.linear_conv_kernel_dim,
-            activation=activation(config.hidden_act),
-            norm_eps=config.rms_norm_eps,
-        ),
+        "linear_attention": gated_delta(config),
     }
     kinds = layer_types(config, *mixers)
     return decoder(config, norm, lambda i: mixers[kinds[i]], lambda i: blocks[i])

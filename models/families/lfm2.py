@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import Projection, Same
@@ -87,30 +89,20 @@ _CONV: Table = {
     "layers.{i}.mixer.out": Projection(LAYER + "conv.out_proj.weight"),
     "layers.{i}.mixer.out_bias": Same(LAYER + "conv.out_proj.bias"),
 }
+_tensors = partial(
+    tensors,
+    final_norm="model.embedding_norm",
+    mixer_norm="operator_norm",
+    mlp_norm="ffn_norm",
+    up=("feed_forward.w1", "feed_forward.w3"),
+    down="feed_forward.w2",
+)
 _TENSORS = either(
-    tensors(
-        final_norm="model.embedding_norm",
-        mixer_norm="operator_norm",
-        mlp_norm="ffn_norm",
-        out="self_attn.out_proj",
-        q_norm="self_attn.q_layernorm",
-        k_norm="self_attn.k_layernorm",
-        up=("feed_forward.w1", "feed_forward.w3"),
-        down="feed_forward.w2",
-    ),
+    _tensors(out="self_attn.out_proj", q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
     _CONV,
 )
 _LFM3 = (
-    either(
-        tensors(
-            final_norm="model.embedding_norm",
-            mixer_norm="operator_norm",
-            mlp_norm="ffn_norm",
-            up=("feed_forward.w1", "feed_forward.w3"),
-            down="feed_forward.w2",
-        ),
-        _CONV,
-    )
+    either(_tensors(), _CONV)
     | layer_norms(mixer_out_norm="post_operator_norm", mlp_out_norm="post_ffn_norm")
     | {"layers.{i}.mixer.gate": Projection(LAYER + "self_attn.gate_proj.weight")}
 )

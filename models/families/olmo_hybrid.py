@@ -6,14 +6,13 @@ from dataclasses import replace
 
 from jaxserve.models.families.architecture import Architecture, HfConfig
 from jaxserve.models.families.assembly import OneOf, Projection, Same
-from jaxserve.models.families.from_config import activation, attention, decoder, flags, layer_types, mlp, rms
-from jaxserve.models.families.gated_delta import qk_rows, qkv_sizes, v_rows
+from jaxserve.models.families.from_config import attention, decoder, flags, layer_types, mlp, rms
+from jaxserve.models.families.gated_delta import gated_delta, qk_rows, qkv_sizes, v_rows
 from jaxserve.models.families.llama import BIASES
 from jaxserve.models.families.olmo import OLMO2
 from jaxserve.models.families.recurrent_tensors import ConvRows, CutConv, Joined, Rows, either
 from jaxserve.models.families.rope_config import rope
 from jaxserve.models.families.tensors import LAYER, Table
-from jaxserve.models.recurrent_spec import GatedDeltaSpec
 from jaxserve.models.spec import DecoderSpec, MixerSpec
 
 
@@ -21,16 +20,7 @@ def _olmo_hybrid(config: HfConfig) -> DecoderSpec:
     parameters = config.rope_parameters
     position = rope(config) if parameters is not None and parameters.get("rope_theta") is not None else None
     heads = attention(config, position, **flags(config, BIASES), qk_norm=rms(config), qk_norm_over="all_heads")
-    delta = GatedDeltaSpec(
-        num_key_heads=config.linear_num_key_heads,
-        num_value_heads=config.linear_num_value_heads,
-        key_dim=config.linear_key_head_dim,
-        value_dim=config.linear_value_head_dim,
-        conv_kernel=config.linear_conv_kernel_dim,
-        activation=activation(config.hidden_act),
-        norm_eps=1e-5,
-        negative_eigenvalues=bool(config.linear_allow_neg_eigval),
-    )
+    delta = replace(gated_delta(config), norm_eps=1e-5, negative_eigenvalues=bool(config.linear_allow_neg_eigval))
     mixers: dict[str, MixerSpec] = {"full_attention": heads, "linear_attention": delta}
     kinds = layer_types(config, *mixers)
     spec = decoder(config, rms(config), lambda i: mixers[kinds[i]], mlp(config))

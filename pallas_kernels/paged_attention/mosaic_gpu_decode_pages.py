@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import BLOCK
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import box_index
 
 plgpu: Any = _mosaic_gpu  # not typed
 
@@ -19,8 +20,7 @@ def copy_pages(
     wide_full: Any, wide_free: Any, *, stages: int, page_size: int, windowed: bool,
 ) -> None:  # fmt: skip
     """Copies the pages of each item into the ring of this pair of warpgroups; takes the kernel's arguments as they come."""
-    num_boxes, box = kv.shape[0], kv.shape[1]
-    per_page = page_size // box
+    box = kv.shape[1]
     narrow = wide is not None
 
     def widen(t: jax.Array) -> None:
@@ -45,13 +45,8 @@ def copy_pages(
             base = lo + j * BLOCK
 
             def index_of(p: int) -> jax.Array:
-                token = base + p * box
-                wanted = token < hi
-                if windowed:  # pages before the window may be gone
-                    wanted &= token + box > visible
-                page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), page_size)]
-                index = page * per_page + lax.div(lax.rem(token, page_size), box)
-                return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
+                seen = visible if windowed else None
+                return box_index(kv, tables, row, base + p * box, hi, page_size=page_size, visible=seen)
 
             def copy(v: int, p: int, index: jax.Array) -> None:
                 ring, full = ((ks, k_full), (vs, v_full))[v]

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import box_index
+
 plgpu: Any = _mosaic_gpu  # not typed
 
 
@@ -69,8 +71,7 @@ def copy_pages(
         first_keys: of a position, gives the first key that its token sees, and the same at a multiple of the block.
         group: query heads a kv head.
     """
-    num_boxes, box = kv.shape[0], kv.shape[1]
-    per_page = page_size // box
+    box = kv.shape[1]
     narrow = rings[0].staged is not None
     staged = rings[0].staged.shape[0] if narrow else 0
 
@@ -84,13 +85,8 @@ def copy_pages(
             base = lo + j * block
 
             def index_of(p: int) -> jax.Array:
-                token = base + p * box
-                wanted = token < hi
-                if windowed:  # pages before the window may be gone
-                    wanted &= token + box > visible
-                page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), page_size)]
-                index = page * per_page + lax.div(lax.rem(token, page_size), box)
-                return jnp.where(wanted, index, num_boxes)  # out of bounds: filled with zeros
+                seen = visible if windowed else None
+                return box_index(kv, tables, row, base + p * box, hi, page_size=page_size, visible=seen)
 
             def copy(v: int, p: int, index: jax.Array, to: Any, arrived: Any) -> None:
                 at = to.at[lax.rem(t, to.shape[0]), pl.ds(p * box, box)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
 plgpu: Any = _mosaic_gpu  # not typed
@@ -48,3 +49,19 @@ def tiles(head_dim: int, itemsize: int) -> tuple[Any, Any]:
     """The layout in shared memory of rows of `head_dim` numbers: 128 bytes wide, as wgmma and bulk copies want it, or a row."""
     width = min(128 // itemsize, head_dim)
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)
+
+
+def box_index(kv: Any, tables: Any, row: Any, token: Any, hi: Any, *, page_size: int, visible: Any | None) -> jax.Array:
+    """Which box of the pool [boxes, box, ...] holds the tokens from `token` on, inside a kernel; one past them all for none.
+
+    Args:
+        hi: tokens from here on are not wanted; a bulk copy from out of bounds fills with zeros.
+        visible: nor are those before, whose pages may be gone; None where there is no window.
+    """
+    num_boxes, box = kv.shape[:2]
+    wanted = token < hi
+    if visible is not None:
+        wanted &= token + box > visible
+    page = tables[row, lax.div(jnp.where(wanted, token, hi - 1), page_size)]
+    index = page * (page_size // box) + lax.div(lax.rem(token, page_size), box)
+    return jnp.where(wanted, index, num_boxes)
