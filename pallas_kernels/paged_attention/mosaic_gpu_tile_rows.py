@@ -23,11 +23,10 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
     is_below,
     thread_index,
 )
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_shapes import ROWS
 
 plgpu: Any = _mosaic_gpu  # not typed
 mgpu: Any = _utils
-
-TILE_ROWS = 64
 
 
 def _own_rows(rows: Any, start: Any, count: Any, *, group: int) -> Iterator[tuple[int, Any, Any, Any]]:
@@ -68,7 +67,7 @@ def load_tile_rows(
         return FragmentedArray(_registers=registers, _layout=plgpu.Layout.WGMMA.to_mgpu(), _is_signed=None)
 
     types = (plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR, SCALAR)
-    result = plgpu.ShapeDtypeStruct((TILE_ROWS, dim), source.dtype, layout=plgpu.Layout.WGMMA)
+    result = plgpu.ShapeDtypeStruct((ROWS, dim), source.dtype, layout=plgpu.Layout.WGMMA)
     loaded: jax.Array = plgpu.inline_mgpu(arg_types=types, return_type=result)(get)(source, rows, start, count, base)
     return loaded
 
