@@ -98,6 +98,11 @@ class CompileConfig:
         "mosaic_gpu: on one H100 or H200, up to 128 rows go through a kernel that streams the weights; with 8-bit weights the "
         "activations then stay bfloat16. Not measured yet",
     )
+    collectives_in_graph: bool = option(
+        False,
+        "GPUs with --tensor-parallel-size: what they send each other becomes part of a step's CUDA graph, which is else cut there, "
+        "twice a layer (never timed so far)",
+    )
 
     @property
     def cache_path(self) -> Path | None:

@@ -180,7 +180,17 @@ def _compiler_options(shape: PlanShape, runtime: Runtime) -> CompilerOptions:
     From 256 tokens up, cuBLAS alone is as fast as the better of it and Triton, adds the residual within the product, and saves
     the seconds that choosing takes (87 s for one 8-bit program, measured on an H100).
     """
-    return {"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {}
+    chosen: CompilerOptions = (
+        {"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {}
+    )
+    return chosen | (_COLLECTIVES_IN_GRAPH if runtime.collectives_in_graph else {})
+
+
+# XLA's own list of what goes into a graph, and collectives. It keeps its own all-reduce kernels out of graphs, so NCCL's are used.
+_COLLECTIVES_IN_GRAPH: CompilerOptions = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES",
+    "xla_gpu_experimental_use_collective_kernels": "",
+}
 
 
 def _sample(num_samples: int, mode: Mode, is_branching: bool, inputs: ProgramInputs) -> Program:

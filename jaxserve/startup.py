@@ -284,19 +284,32 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
-    _check_kernels(config, mesh, attention)
-    runtime = Runtime(platform, mesh, attention, layout, config.compile.matmul_kernel, config.cache.share_page_reads)
+    _check_kernels(config, mesh, platform, attention)
+    runtime = Runtime(
+        platform,
+        mesh,
+        attention,
+        layout,
+        config.compile.matmul_kernel,
+        config.cache.share_page_reads,
+        config.compile.collectives_in_graph,
+    )
     return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
 
 
-def _check_kernels(config: EngineConfig, mesh: Mesh, attention: Implementation) -> None:
-    """Raises ConfigError where an option asks for a kernel of Hopper's and the devices are others."""
+def _check_kernels(config: EngineConfig, mesh: Mesh, platform: str, attention: Implementation) -> None:
+    """Raises ConfigError where an option asks for a kernel or a CUDA graph, and the devices are others."""
     is_hopper, device = attention == "mosaic_gpu", mesh.devices.flat[0].device_kind
     if config.cache.share_page_reads and not is_hopper:
         raise ConfigError(f"--share-page-reads runs on an H100 or H200; got {device}. Leave it out.")
     if config.compile.matmul_kernel == "mosaic_gpu" and (not is_hopper or mesh.size > 1):
         raise ConfigError(
             "--matmul-kernel mosaic_gpu runs on one H100 or H200, without --tensor-parallel-size; "
+            f"got {mesh.size} x {device}. Leave it out."
+        )
+    if config.compile.collectives_in_graph and (platform != "gpu" or mesh.size == 1):
+        raise ConfigError(
+            "--collectives-in-graph is for GPUs that share a model (--tensor-parallel-size); "
             f"got {mesh.size} x {device}. Leave it out."
         )
 

@@ -117,6 +117,7 @@ class Runtime:
         layout: of the caches; None where each layer has its own array, and all one page table.
         matmul: of few rows by weights.
         shares_pages: decode reads pages that rows have in common once, where the back end can.
+        collectives_in_graph: what GPUs send each other is recorded in the CUDA graph too.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
@@ -125,6 +126,7 @@ class Runtime:
     layout: CacheLayout | None = None
     matmul: MatmulKernel = "xla"
     shares_pages: bool = False
+    collectives_in_graph: bool = False
 
     def attend(
         self,

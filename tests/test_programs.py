@@ -174,3 +174,13 @@ def test_the_declared_list_is_short(platform: Literal["cpu", "gpu", "tpu"], size
     programs = declare_programs(replace(inputs, buckets=buckets), lambda *_: pytest.fail("traced"), runtime)
     assert len(programs) == most
     assert len({program.key for program in programs}) == most
+
+
+def test_every_forward_program_records_collectives_if_asked() -> None:
+    inputs = compiled_inputs()
+    runtime = Runtime("gpu", inputs.shardings.mesh, collectives_in_graph=True)
+    for program in declare_programs(inputs, lambda *_: pytest.fail("traced"), runtime):
+        is_forward = isinstance(program.key, PlanShape)
+        assert ("COLLECTIVES" in str(program.options.get("xla_gpu_enable_command_buffer"))) == is_forward, program.name
+    plain = declare_programs(inputs, lambda *_: pytest.fail("traced"), replace(runtime, collectives_in_graph=False))
+    assert not any("xla_gpu_enable_command_buffer" in program.options for program in plain)

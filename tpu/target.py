@@ -49,12 +49,13 @@ gpu_device_info {{
   runtime_version: "13.0.0"
   compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.28.0"
+  device_interconnect_info {{ active_links: 18 }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 28 patch: 0 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{name}"
-"""  # without the versions, XLA takes the driver for too old to record its kernels as one graph
+"""  # without the versions, XLA takes the driver for too old to record its kernels as one graph; without NVLinks, it has NCCL's all-reduce alone
 
 _GPUS: Mapping[str, dict[str, Any]] = {
     "h100": {"name": "NVIDIA H100 80GB HBM3", "memory": 80 * GIB, "bandwidth": 3352 * GB},

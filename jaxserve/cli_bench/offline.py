@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     imported_s = time.perf_counter()
     with LLM.from_engine(build_engine(config)) as llm:
         result = {
-            **_circumstances(jax.devices()),
+            **circumstances(jax.devices()),
             "model": args.model,
             "import_s": round(imported_s - started_s, 2),
             "engine_start_s": round(time.perf_counter() - imported_s, 2),
@@ -102,7 +102,7 @@ def _chosen(cases: list[Case], only: str | None) -> list[Case]:
     return [case for case in cases if case["name"] in wanted]
 
 
-def _circumstances(devices: Sequence[Any]) -> dict[str, Any]:
+def circumstances(devices: Sequence[Any]) -> dict[str, Any]:
     """What figures mean nothing without."""
     import jax
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bench.kernels.compile import VARIANTS, build
 from jaxserve.pallas_kernels.skinny_matmul import mosaic_gpu as skinny
 from jaxserve.tpu.target import open_target
-from tests.tpu.steps import compile_step, plan, write_config
+from tests.tpu.steps import compile_step, count_collectives, plan, write_config
 
 TARGET = "gpu:h100:1"
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -102,3 +102,12 @@ def test_a_step_runs_kernels_and_spills_nothing(
     )
     for cache_ in model.inputs().state.caches:
         assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "a pool is copied"
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_two_devices_add_up_twice_a_layer(in_graph: bool, tmp_path: Path) -> None:
+    """And once for the embeddings; the logits are gathered. XLA's own all-reduce kernels, which no graph can hold, give way."""
+    model = plan(write_config(tmp_path, num_hidden_layers=3), "gpu:h100:2", 2, collectives_in_graph=in_graph)
+    text = compile_step(model, "decode 64").as_text()
+    assert count_collectives(text) == {"all-reduce": 2 * 3 + 1, "all-gather": 1}
+    assert ("KERNEL_STRATEGY_TRITON" in text) is not in_graph
