@@ -59,8 +59,16 @@ PHASES = {
     "one": Phase({}),
     "tp2_graph": Phase(IN_GRAPH, limit_s=130),
     "dp2": Phase({"data_parallel_size": 2}, scale=2, compares=False, limit_s=110),
-    "tp2": Phase({"tensor_parallel_size": 2}, limit_s=120),
+    "tp2": Phase({"tensor_parallel_size": 2}, CASES[:3], limit_s=110),
     "soak": Phase(IN_GRAPH | {"enable_prefix_caching": False}, (), compares=False, soaks=True, limit_s=100),
+    # NCCL's kernels for memory that all GPUs have at one address; of these, those of multicast need more than two GPUs and NVLS.
+    "tp2_graph_symmetric": Phase(
+        IN_GRAPH,
+        CASES[:2],
+        needs_s=50,
+        limit_s=80,
+        environment={"XLA_FLAGS": "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true"},
+    ),
     "tp2_graph_ll": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_PROTO": "LL"}),
     "tp2_graph_ll128": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_PROTO": "LL128"}),
     "tp2_graph_tree": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_ALGO": "Tree"}),
