@@ -18,6 +18,7 @@ class Buckets:
         decode: requests of a step whose requests all have one token.
         tokens: tokens of any other step, with requests at their maximum.
         samples: rows that are sampled.
+        block: rows that the rarer ways of sampling take at a time, whatever the step's number.
         pages_per_slot: entries of a column of a request's page table.
         column_pages: pages that a request holds at most in each of the columns.
     """
@@ -25,6 +26,7 @@ class Buckets:
     decode: tuple[int, ...]
     tokens: tuple[int, ...]
     samples: tuple[int, ...]
+    block: int
     pages_per_slot: int
     page_size: int
     column_pages: tuple[int, ...]
@@ -92,6 +94,7 @@ def choose_buckets(
         decode=decode,
         tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
         samples=tuple(sorted(samples)),
+        block=1 if platform == "cpu" else decode[-2:][0],
         pages_per_slot=pages_per_slot,
         page_size=page_size,
         column_pages=tuple(r.max_pages(pages_per_slot * page_size, page_size, max_num_batched_tokens) for r in reaches),

@@ -52,7 +52,7 @@ class Program:
     """A function to be compiled for abstract arguments.
 
     Attributes:
-        key: what chooses it (PlanShape, (rows, Mode) or a name).
+        key: what chooses it (PlanShape, (rows, Mode), a Mode for blocks of rows, or a name).
         donated: numbers of the arguments that its results take the place of.
         results: their abstract values, where the arguments do not tell them.
     """
@@ -82,12 +82,18 @@ class Programs:
         return self.compiled[shape]
 
     def sample(self, num_samples: int, mode: Mode) -> jax.stages.Compiled:
-        """Of a mode that sample_mode gives."""
+        """Of a mode that sample_mode gives and that is not sampled in blocks."""
         return self.compiled[num_samples, mode]
+
+    def sample_block(self, mode: Mode) -> jax.stages.Compiled | None:
+        """The program that samples blocks of rows; None where the mode has programs for whole results."""
+        return self.compiled.get(mode)
 
     def sample_mode(self, mode: Mode) -> Mode:
         """The least mode that there are programs for and that can do what this one does."""
-        modes = {key[1] for key in self.compiled if isinstance(key, tuple)}
+        modes = {key[1] for key in self.compiled if isinstance(key, tuple)} | {
+            key for key in self.compiled if isinstance(key, Mode)
+        }
         return next(m for m in MODES[MODES.index(mode) :] if m in modes)
 
     def named(self, name: str) -> jax.stages.Compiled:
@@ -151,11 +157,13 @@ def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtim
     forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
     # A branch on the device saves programs, for 0.1 ms a step on a CPU; on a GPU the host might wait for what it depends on (not measured).
     is_branching = runtime.platform != "gpu"
-    modes = (Mode.SHAPED, Mode.LOGPROBS) if is_branching else MODES
-    samples = [_sample(n, mode, is_branching, inputs) for n in inputs.buckets.samples for mode in modes]
+    whole, blocks = (Mode.SHAPED, (Mode.LOGPROBS,)) if is_branching else (Mode.PLAIN, (Mode.FULL, Mode.LOGPROBS))
+    samples = [_sample(n, whole, is_branching, inputs) for n in inputs.buckets.samples]
+    samples += [_sample_block(mode, is_branching, inputs) for mode in blocks]
+    stage = [_stage(inputs)] if runtime.platform == "gpu" else []  # addresses matter to CUDA graphs alone
     states = [_copies("copy_states", inputs, inputs.is_state)] if any(inputs.is_state) else []
     pages = _copies("copy_pages", inputs, tuple(not is_state for is_state in inputs.is_state))
-    return [*forwards, *samples, _stage(inputs), _set_shaping(inputs), pages, *states, _reset(inputs)]
+    return [*forwards, *samples, *stage, _set_shaping(inputs), pages, *states, _reset(inputs)]
 
 
 def _forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> Program:
@@ -205,6 +213,20 @@ def _sample(num_samples: int, mode: Mode, is_branching: bool, inputs: ProgramInp
             inputs.shaping if mode.needs_shaping else None,
         ),
         donated=(1, 2),
+        out_shardings=inputs.shardings.replicated,
+    )
+
+
+def _sample_block(mode: Mode, is_branching: bool, inputs: ProgramInputs) -> Program:
+    """Samples some rows of results of any size; what it keeps by slot is donated."""
+    results = tuple(inputs.results(n) for n in inputs.buckets.samples)
+    shaping = inputs.shaping if mode.needs_shaping else None
+    return Program(
+        name=f"sample {mode.value}",
+        key=mode,
+        function=partial(step.sample_block, rows=inputs.buckets.block, mode=mode, is_branching=is_branching),
+        arguments=(results, inputs.array((2,)), inputs.last_tokens, shaping),
+        donated=(2, 3),
         out_shardings=inputs.shardings.replicated,
     )
 

@@ -5,7 +5,7 @@ Nothing here waits for the device except `collect`, and nothing eager runs betwe
 
 from __future__ import annotations
 
-from itertools import batched
+from itertools import batched, chain
 from typing import Any, cast
 
 import jax
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
 from jaxserve.plan import SHAPED, PlanShape
-from jaxserve.programs import ProgramInputs, Programs
+from jaxserve.programs import MODES, ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
 from jaxserve.shaping import Shaping
@@ -37,7 +37,11 @@ class Runner:
         self._inputs = inputs
         self._weights = weights
         self._packer = Packer(inputs.buckets, inputs.num_slots)
-        self._modes = [programs.sample_mode(mode) for mode in Mode]
+        self._modes = [programs.sample_mode(mode) for mode in MODES]
+        # Which results and which of their rows a block is, for step.sample_block.
+        sizes = enumerate(inputs.buckets.samples)
+        starts = [(i, size, start) for i, size in sizes for start in range(0, size, inputs.buckets.block)]
+        self._places = {(size, start): self._send(np.array([i, start], np.int32)) for i, size, start in starts}
         self._make_state()
 
     def reset(self) -> None:
@@ -66,29 +70,36 @@ class Runner:
         rows = plan.sample_rows()
         buffer = self._packer.pack(plan, rows)
         sampled = plan.decodes + [row.request for row in rows]
-        mode = self._modes[max([request.mode_rank for request in sampled])] if sampled else None
-        outputs = self.run(buffer.shape, buffer.packed, mode)
-        if "all_logprobs" in outputs and not any(request.wants_all_logprobs for request in sampled):
-            del outputs["all_logprobs"]
-        for output in outputs.values():
+        rank = max([request.mode_rank for request in sampled]) if sampled else 0
+        blocks = self.run(buffer.shape, buffer.packed, self._modes[rank] if sampled else None, len(sampled))
+        names = self._wanted(MODES[rank], sampled, blocks[0]) if sampled else ()
+        outputs = {name: [block[name] for block in blocks] for name in names}
+        for output in chain.from_iterable(outputs.values()):
             output.copy_to_host_async()
         return InFlight(plan, rows, outputs, self._weights.version)
 
-    def run(self, shape: PlanShape, packed: NDArray[np.int32], mode: Mode | None) -> dict[str, jax.Array]:
-        """Runs the model on a packed plan, and samples unless mode is None."""
-        self._packed = self.programs.named("stage")(self._send(packed), self._packed)
+    def run(self, shape: PlanShape, packed: NDArray[np.int32], mode: Mode | None, num_sampled: int) -> list[dict[str, jax.Array]]:
+        """Runs the model on a packed plan, and samples unless mode is None.
+
+        Returns:
+            The sampler's outputs, of one block of rows after the other.
+        """
+        sent, stage = self._send(packed), self.programs.compiled.get("stage")
+        self._packed = sent if stage is None else stage(sent, self._packed)
         self._state, self._results[shape.num_samples] = self.programs.forward(shape)(
             self._weights.arrays, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )
-        return {} if mode is None else self._sample(shape.num_samples, mode)
+        return [] if mode is None else self._sample(shape.num_samples, mode, num_sampled)
 
     def is_ready(self, step: InFlight) -> bool:
         """Whether the results are there."""
-        return all(output.is_ready() for output in step.outputs.values())
+        return all(output.is_ready() for output in chain.from_iterable(step.outputs.values()))
 
     def collect(self, step: InFlight) -> StepResults:
         """Waits for a step's results."""
-        return {name: np.asarray(output) for name, output in step.outputs.items()}
+        return {
+            name: np.asarray(blocks[0]) if len(blocks) == 1 else np.concatenate(blocks) for name, blocks in step.outputs.items()
+        }
 
     def set_shaping(self, request: Request) -> None:
         """Writes the request's penalties and biases to its slot."""
@@ -107,12 +118,27 @@ class Runner:
     def _send(self, array: NDArray[Any] | np.integer[Any]) -> jax.Array:
         return self._inputs.shardings.replicate(array)
 
-    def _sample(self, num_samples: int, mode: Mode) -> dict[str, jax.Array]:
-        program = self.programs.sample(num_samples, mode)
+    def _sample(self, num_samples: int, mode: Mode, num_sampled: int) -> list[dict[str, jax.Array]]:
+        block = self.programs.sample_block(mode)
+        if block is None:
+            return [self._keep(mode, self.programs.sample(num_samples, mode), self._results[num_samples])]
+        results = tuple(self._results.values())
+        starts = range(0, num_sampled, self.buckets.block)
+        return [self._keep(mode, block, results, self._places[num_samples, start]) for start in starts]
+
+    def _keep(self, mode: Mode, program: jax.stages.Compiled, *of: Any) -> dict[str, jax.Array]:
+        """Runs a sample program and keeps what it leaves for the next one."""
         shaping = self._shaping if mode.needs_shaping else None
-        self._last_tokens, shaping, outputs = program(self._results[num_samples], self._last_tokens, shaping)
+        self._last_tokens, shaping, outputs = program(*of, self._last_tokens, shaping)
         self._shaping = self._shaping if shaping is None else shaping
         return cast(dict[str, jax.Array], outputs)
+
+    def _wanted(self, mode: Mode, sampled: list[Request], outputs: dict[str, jax.Array]) -> list[str]:
+        """Names of the outputs that the host will read."""
+        if mode is not Mode.LOGPROBS:
+            return ["tokens"]
+        wants_all = any(request.wants_all_logprobs for request in sampled)
+        return [name for name in outputs if wants_all or name != "all_logprobs"]
 
     def _copy(self, program: str, copies: list[tuple[int, int]]) -> None:
         for some in batched(copies, self._inputs.num_slots):

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxserve import sampler
@@ -93,6 +96,34 @@ def sample(
     """
     out, shaping = sampler.sample(results.logits, results.samples, mode, shaping, is_branching=is_branching)
     return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
+
+
+def sample_block(
+    results: tuple[ForwardResults, ...],
+    place: Int[Array, " which_and_row"],
+    last_tokens: Int[Array, " slots"],
+    shaping: Shaping | None,
+    *,
+    rows: int,
+    mode: sampler.Mode,
+    is_branching: bool = False,
+) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
+    """Samples some rows of some results: one program for steps of every size.
+
+    Args:
+        results: of every size.
+        place: which of the results, and the first row. Rows past the end are sampled for nobody.
+        rows: how many.
+    """
+    wanted = place[1] + jnp.arange(rows)
+
+    def rows_of(parts: list[Array], fill: int) -> Array:
+        cut = [x.at[wanted].get(mode="fill", fill_value=fill) for x in parts]
+        return lax.select_n(place[0], *cut) if len(cut) > 1 else cut[0]
+
+    logits = rows_of([r.logits for r in results], 0)
+    samples = rows_of([r.samples for r in results], np.iinfo(np.int32).max)  # a slot past the end
+    return sample(ForwardResults(logits, samples), last_tokens, shaping, mode=mode, is_branching=is_branching)
 
 
 def copy_entries(

@@ -159,15 +159,15 @@ def test_each_mode_and_size_has_a_sample_program() -> None:
     for mode in Mode:
         covering = programs.sample_mode(mode)
         assert list(Mode).index(covering) >= list(Mode).index(mode)
-        assert all((n, covering) in programs.compiled for n in buckets.samples)
+        assert programs.sample_block(covering) or all((n, covering) in programs.compiled for n in buckets.samples)
 
 
 @pytest.mark.parametrize(
     "platform, sizes, most",
-    [("cpu", (16, 512), 14), ("tpu", (256, 8192), 16), ("gpu", (256, 8192), 25)],
+    [("cpu", (16, 512), 12), ("tpu", (256, 8192), 13), ("gpu", (256, 8192), 15)],
 )
 def test_the_declared_list_is_short(platform: Literal["cpu", "gpu", "tpu"], sizes: tuple[int, int], most: int) -> None:
-    """At the default sizes. On a GPU each way of sampling has programs of its own."""
+    """At the default sizes."""
     inputs = compiled_inputs()
     buckets = choose_buckets(platform, *sizes, pages_per_slot=512, page_size=16)
     runtime = Runtime(platform, inputs.shardings.mesh)

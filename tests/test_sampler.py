@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 
-from jaxserve import shaping
+from jaxserve import sampler, shaping, step
 from jaxserve.plan import NO_TARGET, POSITION, SAMPLE_FIELDS, SLOT, TARGET
 from jaxserve.request import RequestGroup, sample_fields
 from jaxserve.sampler import Mode, sample
@@ -203,3 +204,56 @@ def test_a_branching_sampler_does_what_the_rows_need(mode: Mode) -> None:
         got, got_state = branching(jnp.asarray(logits), fields, state)
         np.testing.assert_array_equal(got["tokens"], want["tokens"], err_msg=least.value)
         assert int(got_state.output_counts.sum()) == (int(want_state.output_counts.sum()) if needs else 0)
+
+
+def test_the_noise_is_threefry() -> None:
+    """With all 20 rounds, the words that jax makes."""
+    keys, counter = jnp.array([[123456789, 2**32 - 5], [0, 0]], jnp.uint32), jnp.arange(100, dtype=jnp.uint32)
+    got = sampler._threefry(keys[:, :1], keys[:, 1:], counter[None], rounds=20)
+    for key, words in zip(keys, got, strict=True):
+        np.testing.assert_array_equal(words, threefry_2x32(key, jnp.concatenate([counter, jnp.zeros_like(counter)]))[:100])
+
+
+def test_the_likeliest_tokens_are_those_of_a_sort() -> None:
+    """Of a vocabulary of many tiles, the last one not full, with equal values in and across tiles."""
+    logprobs = np.random.default_rng(6).integers(-40, 0, (3, 5 * 2048 + 1)).astype(np.float32)
+    logprobs[0, -1], logprobs[1], logprobs[2, :-5] = 1, -1, -np.inf
+    values, ids = jax.jit(lambda x: sampler._likeliest(x, 20))(logprobs)
+    want = np.argsort(-logprobs, axis=-1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(ids, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(logprobs, want, axis=-1))
+
+
+@pytest.mark.parametrize("digit_bits", [1, 4])
+def test_a_threshold_leaves_what_is_wanted(digit_bits: int) -> None:
+    rng = np.random.default_rng(8)
+    order = rng.integers(0, 2**32, (5, 300), dtype=np.uint32)
+    order[1], order[2, ::2] = 7, 2**32 - 1
+    weights = rng.integers(0, 9, order.shape).astype(np.float32)
+    wanted = np.array([0.3, 0.5, 0.1, 0.99, 1.0], np.float32) * weights.sum(-1)
+    found = jax.jit(partial(sampler._search, digit_bits=digit_bits))(order, weights, wanted)
+    for values, weight, want, threshold in zip(order, weights, wanted, np.asarray(found), strict=True):
+        assert weight[values >= threshold].sum() >= want
+        assert threshold == 2**32 - 1 or weight[values >= threshold + 1].sum() < want
+
+
+def test_blocks_of_rows_are_sampled_as_all_are() -> None:
+    """Of each of the results; also where a block ends past them."""
+    mode, rng = Mode.SHAPED, np.random.default_rng(7)
+    params = [SamplingParams(top_p=0.9), SamplingParams(temperature=0.0, frequency_penalty=2.0), SamplingParams(top_k=3)]
+    results = []
+    for size in (2, 4, 10):
+        fields = np.array(rows([params[i % 3] for i in range(size)], seed=size))
+        fields[-1, SLOT] = 10
+        results.append(step.ForwardResults(jnp.asarray(rng.standard_normal((size, V)), jnp.float32), jnp.asarray(fields)))
+    block = jax.jit(partial(step.sample_block, rows=4, mode=mode))
+    whole = jax.jit(partial(step.sample, mode=mode))
+    for which, result in enumerate(results):
+        last, state, tokens = jnp.full(10, -7), zeros(10), []
+        for start in range(0, len(result.logits), 4):
+            last, state, out = block(tuple(results), jnp.array([which, start]), last, state)
+            tokens += out["tokens"].tolist()
+        want_last, want_state, want = whole(result, jnp.full(10, -7), zeros(10))
+        assert tokens[: len(result.logits)] == want["tokens"].tolist()
+        np.testing.assert_array_equal(last, want_last)
+        np.testing.assert_array_equal(state.output_counts, want_state.output_counts)

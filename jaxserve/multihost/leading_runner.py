@@ -29,10 +29,10 @@ class LeadingRunner(Runner):
         self._leader = leader
         self._shape_numbers = {shape: number for number, shape in enumerate(inputs.buckets.shapes)}
 
-    def run(self, shape: PlanShape, packed: NDArray[np.int32], mode: Mode | None) -> dict[str, jax.Array]:
-        fields = {"shape": self._shape_numbers[shape], "mode": None if mode is None else mode.value}
+    def run(self, shape: PlanShape, packed: NDArray[np.int32], mode: Mode | None, num_sampled: int) -> list[dict[str, jax.Array]]:
+        fields = {"shape": self._shape_numbers[shape], "mode": None if mode is None else mode.value, "sampled": num_sampled}
         self._leader.broadcast(Message("run", fields, (packed,)))
-        return super().run(shape, packed, mode)
+        return super().run(shape, packed, mode, num_sampled)
 
     def copy(self, program: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         self._leader.broadcast(Message("copy", {"program": program}, (sources, targets)))

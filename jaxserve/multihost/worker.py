@@ -57,7 +57,7 @@ class Worker:
 
     def follow(self, runner: Runner) -> None:
         """Does what process 0 does, until it says that it has ended."""
-        before: dict[str, jax.Array] = {}
+        before: list[dict[str, jax.Array]] = []
         shapes = runner.buckets.shapes
         while (message := self._messages.get()).kind != "end":
             outputs = _repeat(message, runner, shapes)
@@ -97,12 +97,12 @@ class Worker:
             return  # _listen has seen the same
 
 
-def _repeat(message: Message, runner: Runner, shapes: list[Any]) -> dict[str, jax.Array] | None:
+def _repeat(message: Message, runner: Runner, shapes: list[Any]) -> list[dict[str, jax.Array]] | None:
     """What LeadingRunner's methods send; the outputs of a step."""
     fields, arrays = message.fields, message.arrays
     if message.kind == "run":
         mode = fields["mode"]
-        return runner.run(shapes[fields["shape"]], arrays[0], None if mode is None else Mode(mode))
+        return runner.run(shapes[fields["shape"]], arrays[0], None if mode is None else Mode(mode), fields["sampled"])
     if message.kind == "copy":
         runner.copy(fields["program"], *arrays)
     elif message.kind == "shaping":
