@@ -11,9 +11,15 @@ import numpy as np
 from jaxserve.models.families.assembly import Assembly, Index, ReadTensor, Shape, Target, stack
 
 
+def _parts_of(columns: slice, dim: int) -> list[tuple[int, slice]]:
+    """Which outputs of which parts stand in a range of columns, where parts of `dim` outputs stand side by side."""
+    parts = range(columns.start // dim, -(-columns.stop // dim))
+    return [(part, slice(max(columns.start - part * dim, 0), min(columns.stop - part * dim, dim))) for part in parts]
+
+
 @dataclass(frozen=True)
 class ExpertUp(Assembly):
-    """Each expert's gate and up [F, D] as [E, D, 2, F], from a tensor each; up alone where experts are not gated.
+    """Each expert's gate and up [F, D] as [E, D, 2 F], from a tensor each; up alone where experts are not gated.
 
     Attributes:
         parts: patterns of gate and up.
@@ -26,15 +32,15 @@ class ExpertUp(Assembly):
         return self.parts
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        experts, d_model, parts, dim = target.shape
-        return ((dim, d_model),) * (experts * parts)
+        experts, d_model, columns = target.shape
+        return ((columns // len(self.parts), d_model),) * (experts * len(self.parts))
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        experts, inputs, parts, outputs = index
-        num = target.shape[0]
-        every = [(e, part) for e in range(experts.start, experts.stop) for part in range(parts.start, parts.stop)]
-        stored = np.stack([tensors[part * num + e]((outputs, inputs)) for e, part in every])
-        return np.moveaxis(stored.reshape(-1, parts.stop - parts.start, *stored.shape[1:]), -1, 1)
+        experts, inputs, columns = index
+        num, parts = target.shape[0], _parts_of(columns, target.shape[2] // len(self.parts))
+        every = [(e, *part) for e in range(experts.start, experts.stop) for part in parts]
+        stored = np.concatenate([tensors[part * num + e]((outputs, inputs)) for e, part, outputs in every])
+        return stored.reshape(experts.stop - experts.start, -1, stored.shape[1]).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class ExpertDown(Assembly):
 
 @dataclass(frozen=True)
 class FusedUp(Assembly):
-    """All experts' gates and ups in one tensor as [E, D, 2, F], or their biases [E, 2 F] as [E, 2, F].
+    """All experts' gates and ups in one tensor as [E, D, 2 F], or their biases [E, 2 F].
 
     Attributes:
         layout: [E, 2 F, D] as torch's Linear has it; [E, D, 2 F] with the gates first; [E, D, 2 F] with gate and up in turn.
@@ -72,26 +78,17 @@ class FusedUp(Assembly):
         return (self.name,)
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        experts, *inputs, parts, dim = target.shape
-        if self.layout == "linear":
-            return ((experts, parts * dim, *inputs),)
-        return ((experts, *inputs, parts * dim),)
+        experts, *inputs, columns = target.shape
+        return ((experts, columns, *inputs) if self.layout == "linear" else target.shape,)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
-        experts, *inputs, parts, outputs = index
-        num_parts, dim = target.shape[-2:]
-        if self.layout == "interleaved":
-            both = tensors[0]((experts, *inputs, slice(outputs.start * num_parts, outputs.stop * num_parts)))
-            return both.reshape(*both.shape[:-1], -1, num_parts).swapaxes(-1, -2)[..., parts, :]
-        read = []
-        for part in range(parts.start, parts.stop):
-            columns = slice(part * dim + outputs.start, part * dim + outputs.stop)
-            if self.layout == "halves":
-                read.append(tensors[0]((experts, *inputs, columns)))
-            else:
-                read.append(tensors[0]((experts, columns, *inputs)))
-        stacked = np.stack(read, axis=-2 if self.layout == "halves" else 1)
-        return stacked if self.layout == "halves" or not inputs else np.moveaxis(stacked, -1, 1)
+        experts, *inputs, columns = index
+        if self.layout == "linear":
+            return np.moveaxis(tensors[0]((experts, columns, *inputs)), 1, -1)
+        if self.layout == "halves":
+            return tensors[0](index)
+        both = tensors[0]((experts, *inputs, slice(0, target.shape[-1])))
+        return both.reshape(*both.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(both.shape)[..., columns]
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class FusedDown(Assembly):
 
 @dataclass(frozen=True)
 class StackedRows(Assembly):
-    """Experts one above the other in [E * F, D] tensors (DBRX): gate and up as [E, D, 2, F], or down as [E, F, D]."""
+    """Experts one above the other in [E * F, D] tensors (DBRX): gate and up as [E, D, 2 F], or down as [E, F, D]."""
 
     parts: tuple[str, ...]
 
@@ -127,7 +124,7 @@ class StackedRows(Assembly):
         return self.parts
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        experts, d_model, dim = target.shape[0], target.shape[1], target.shape[-1]
+        experts, d_model, dim = target.shape[0], target.shape[1], target.shape[2] // len(self.parts)
         return ((experts * (dim if len(self.parts) > 1 else d_model), d_model if len(self.parts) > 1 else dim),) * len(self.parts)
 
     def read(self, tensors: Sequence[ReadTensor], target: Target, index: Index) -> np.ndarray:
@@ -135,9 +132,9 @@ class StackedRows(Assembly):
             experts, inputs, outputs = index
             rows = tensors[0]((slice(experts.start * target.shape[1], experts.stop * target.shape[1]), outputs))
             return rows.reshape(-1, target.shape[1], rows.shape[-1])[:, inputs]
-        experts, inputs, parts, outputs = index
-        dim = target.shape[-1]
+        experts, inputs, columns = index
+        dim = target.shape[2] // len(self.parts)
         rows_of = slice(experts.start * dim, experts.stop * dim)
-        read = [tensors[part]((rows_of, inputs)) for part in range(parts.start, parts.stop)]
-        split = [rows.reshape(-1, dim, rows.shape[-1])[:, outputs].swapaxes(1, 2) for rows in read]
-        return stack(split, axis=2)
+        read = [(tensors[part]((rows_of, inputs)), outputs) for part, outputs in _parts_of(columns, dim)]
+        split = [rows.reshape(-1, dim, rows.shape[-1])[:, outputs].swapaxes(1, 2) for rows, outputs in read]
+        return np.concatenate(split, axis=2)

@@ -27,13 +27,14 @@ class Moe(nnx.Module):
     Attributes:
         router: [D, E], with a column for each expert that gives back what goes in behind them.
         choice_bias: as many, in float32: it decides between close scores.
-        experts_up: [E, D, 2, F] ([E, D, 1, F] if the experts are not gated); experts_down: [E, F, D].
+        experts_up: [E, D, 2 F], gates before ups ([E, D, F] if the experts are not gated): the matrix as products take it, because
+            the tiles of a TPU would lie otherwise in [E, D, 2, F], and each step would copy it; experts_down: [E, F, D].
         shared_gate: [D, 1].
     """
 
     def __init__(self, d_model: int, spec: MoeSpec, dtype: DTypeLike) -> None:
         experts, expert, choices = spec.num_experts, spec.expert, spec.num_experts + spec.num_identity
-        parts, axes = 2 if expert.gated else 1, ("experts", None, None, None)
+        parts, axes = 2 if expert.gated else 1, ("experts", None, None)
         by_input = {"contract": 1, "batch": 1}
         self.spec = spec
         self.router = parameter((d_model, choices), ("embed", None), dtype, std=d_model**-0.5)  # decides: never quantised
@@ -42,9 +43,9 @@ class Moe(nnx.Module):
         self.choice_bias = parameter((choices,), (None,), jnp.float32) if spec.router.choice_bias else None
         self.expert_scale = parameter((choices,), (None,), dtype, mean=1.0) if spec.router.expert_scale else None
         self.experts_norm, self.experts_out_norm = (_norm(d_model, spec.norms, dtype) for _ in range(2))
-        self.experts_up = parameter((experts, d_model, parts, expert.dim), axes, dtype, std=d_model**-0.5, **by_input)
-        self.experts_up_bias = parameter((experts, parts, expert.dim), axes[:3], dtype) if expert.bias else None
-        self.experts_down = parameter((experts, expert.dim, d_model), axes[:3], dtype, std=expert.dim**-0.5, **by_input)
+        self.experts_up = parameter((experts, d_model, parts * expert.dim), axes, dtype, std=d_model**-0.5, **by_input)
+        self.experts_up_bias = parameter((experts, parts * expert.dim), axes[:2], dtype) if expert.bias else None
+        self.experts_down = parameter((experts, expert.dim, d_model), axes, dtype, std=expert.dim**-0.5, **by_input)
         self.experts_down_bias = parameter((experts, d_model), axes[:2], dtype) if expert.bias else None
         self.shared = Mlp(d_model, spec.shared, dtype) if spec.shared is not None else None
         self.out_norm = _norm(d_model, spec.out_norm, dtype)
@@ -97,8 +98,8 @@ class Moe(nnx.Module):
         weights: Float[Array, "T k"],
         experts: Array,
         first: Array,
-        up: Float[Array, "E D parts F"],
-        up_bias: Float[Array, "E parts F"] | None,
+        up: Float[Array, "E D M"],
+        up_bias: Float[Array, "E M"] | None,
         down: Float[Array, "E F D"],
         down_bias: Float[Array, "E D"] | None,
     ) -> Float[Array, "T D"]:
@@ -109,10 +110,10 @@ class Moe(nnx.Module):
         rows = jnp.broadcast_to(x, (num, *x.shape))
         if self.spec.weight_on_input:
             rows = rows * weight_of.T[..., None]
-        hidden = _by_expert("ETD,EDM->ETM", rows, up.reshape(num, up.shape[1], -1))
+        hidden = _by_expert("ETD,EDM->ETM", rows, up)
         if up_bias is not None:
-            hidden += up_bias.reshape(num, 1, -1)
-        hidden = activate(self.spec.expert, hidden.reshape(num * num_tokens, *up.shape[2:])).reshape(num, num_tokens, -1)
+            hidden += up_bias[:, None]
+        hidden = self._activate(hidden.reshape(num * num_tokens, -1)).reshape(num, num_tokens, -1)
         if not self.spec.weight_on_input:
             hidden *= weight_of.T[..., None]
         out = _by_expert("ETF,EFD->TD", hidden, down)
@@ -124,8 +125,8 @@ class Moe(nnx.Module):
         weights: Float[Array, "T k"],
         experts: Array,
         first: Array,
-        up: Float[Array, "E D parts F"],
-        up_bias: Float[Array, "E parts F"] | None,
+        up: Float[Array, "E D M"],
+        up_bias: Float[Array, "E M"] | None,
         down: Float[Array, "E F D"],
         down_bias: Float[Array, "E D"] | None,
         *,
@@ -138,15 +139,17 @@ class Moe(nnx.Module):
         rows = x[groups.source // top_k]
         if self.spec.weight_on_input:
             rows *= weights.reshape(-1)[groups.source][:, None]
-        hidden = grouped_matmul(rows, up.reshape(num, up.shape[1], -1), groups, implementation)
+        hidden = grouped_matmul(rows, up, groups, implementation)
         if up_bias is not None:
-            hidden += up_bias.reshape(num, -1)[groups.of_row]
-        hidden = activate(self.spec.expert, hidden.reshape(hidden.shape[0], *up.shape[2:]))
-        out = grouped_matmul(hidden, down, groups, implementation)
+            hidden += up_bias[groups.of_row]
+        out = grouped_matmul(self._activate(hidden), down, groups, implementation)
         if down_bias is not None:
             out += down_bias[groups.of_row]
         out = out.at[groups.place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)
         return jnp.sum(out if self.spec.weight_on_input else out * weights[..., None], axis=1)
+
+    def _activate(self, up: Float[Array, "rows M"]) -> Float[Array, "rows F"]:
+        return activate(self.spec.expert, up.reshape(up.shape[0], -1, self.spec.expert.dim))
 
 
 def _norm(d_model: int, spec: NormSpec | None, dtype: DTypeLike) -> Norm | None:

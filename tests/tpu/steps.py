@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,18 @@ def compile_step(build: Build, name: str) -> Any:
 
 
 def check_step(build: Build, compiled: Any) -> None:
-    """It attends by kernels, and leaves the pools where they are."""
+    """It attends by kernels, and leaves pools and large weights where they are."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    caches = build.inputs().state.caches
+    inputs = build.inputs()
+    caches, weights = inputs.state.caches, inputs.weights
     local = [x.sharding.shard_shape(x.shape) for x in caches]
     pools = [shape for shape, spec in zip(local, build.layout.arrays, strict=True) if not isinstance(spec, StateSpec)]
     held = build.num_pages * build.page_bytes
     assert memory.alias_size_in_bytes >= held, "the pool is not updated in place"
     assert memory.temp_size_in_bytes < held // len(pools), "a layer's pool may have been copied"
+    in_layers = [x for x, path in zip(weights, build.model.paths, strict=True) if path.startswith("layers.")]
+    largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in in_layers)
+    assert memory.temp_size_in_bytes < max(largest, 64 * 2**20), "a weight may have been copied: its tiles lie in another way"
     for shape in set(pools):
         dims = ",".join(map(str, shape))
         assert not re.search(rf"\[{dims}\]\S* (copy|copy-start|transpose|all-gather|all-gather-start)\(", text), (

@@ -46,9 +46,9 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     for t in range(13):
         for weight, e in zip(weights[t], experts[t], strict=True):
             row = x[t] * weight if spec.weight_on_input else x[t]
-            up = jnp.einsum("D,DPF->PF", row, moe.experts_up.get_value()[e])
+            up = row @ moe.experts_up.get_value()[e]
             up += 0 if moe.experts_up_bias is None else moe.experts_up_bias.get_value()[e]
-            out = activate(spec.expert, up[None])[0] @ moe.experts_down.get_value()[e]
+            out = activate(spec.expert, up.reshape(1, 2, F))[0] @ moe.experts_down.get_value()[e]
             out += 0 if moe.experts_down_bias is None else moe.experts_down_bias.get_value()[e]
             want[t] += out if spec.weight_on_input else out * weight
     runtime = Runtime(platform, make_mesh(devices))

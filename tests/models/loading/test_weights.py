@@ -44,8 +44,8 @@ def mla_layer() -> LayerSpec:
 
 def expert_targets() -> Iterator[tuple[Assembly, Target]]:
     """Every form of experts that a checkpoint may have."""
-    up, down = Target("mlp.experts_up", (E, D, 2, F), moe_layer()), Target("mlp.experts_down", (E, F, D), moe_layer())
-    bias = Target("mlp.experts_up_bias", (E, 2, F), moe_layer())
+    up, down = Target("mlp.experts_up", (E, D, 2 * F), moe_layer()), Target("mlp.experts_down", (E, F, D), moe_layer())
+    bias = Target("mlp.experts_up_bias", (E, 2 * F), moe_layer())
     yield ExpertUp(("gate.{e}", "up.{e}")), up
     yield ExpertDown("down.{e}"), down
     for layout in ("linear", "halves", "interleaved"):
