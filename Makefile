@@ -30,8 +30,8 @@ test: $(READY) ## the tests; ARGS='tests/test_engine.py' for some
 test-extra: $(READY) ## more of the same kind: other sizes and numbers of devices
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m extra $(ARGS)
 
-test-tpu: $(READY) ## compile kernels and steps for every TPU, without one; takes long
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m tpu tests/tpu $(ARGS)
+test-tpu: $(READY) ## compile kernels and models for every TPU, without one, and a group of four processes; takes long
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m tpu $(ARGS)
 
 check: $(READY) ## what must pass before a commit: format, lint, types, quick tests
 	$(BIN)/ruff format --check .

@@ -16,6 +16,11 @@ from jaxserve.sharding import make_mesh
 from jaxserve.startup import Build, compile_to_fit, plan_build
 from jaxserve.tpu.target import Target
 
+_ADVICE = (
+    "Lower --gpu-memory-utilization (or what was given in its place: --num-gpu-blocks-override, --kv-cache-memory-bytes), "
+    "--max-num-batched-tokens or --max-num-seqs, or raise --tensor-parallel-size."
+)
+
 
 @dataclass(frozen=True)
 class TargetReport:
@@ -67,7 +72,8 @@ def compile_for_target(config: EngineConfig, target: Target, *, on_progress: Pro
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return TargetReport(" ".join(str(e).partition("\n\n")[0].split()))
+        said = " ".join(str(e).partition("\n\n")[0].split())
+        return TargetReport(f"{said} {_ADVICE}")
     return TargetReport(
         programs=programs.reports,
         kv_tokens=build.num_pages * build.page_size if build.has_pages else 0,

@@ -119,7 +119,7 @@ def test_two_processes_are_as_one_and_a_killed_worker_ends_both(tmp_path: Path) 
         assert re.search("error: the engine has stopped .*process 1 of the group has gone", group.printed(0))
 
 
-@pytest.mark.extra
+@pytest.mark.tpu
 def test_four_processes_are_as_one_and_a_killed_leader_ends_all(tmp_path: Path) -> None:
     with serving(tmp_path, 4) as group:
         assert [group.tokens(**GREEDY), group.tokens(**SHAPED)] == alone(tmp_path)

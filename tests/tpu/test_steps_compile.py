@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
-from tests.tpu.steps import CHIPS, check_step, compile_step, count_collectives, plan, write_config
+from tests.tpu.steps import CHIPS, SMALL, check_step, compile_step, count_collectives, plan, write_config
 from tests.tpu.test_target import needs_libtpu
 
 pytestmark = [needs_libtpu, pytest.mark.usefixtures("no_compile_cache")]
@@ -39,3 +40,14 @@ def test_four_layers_on_one_device(target: str, step: str, tmp_path: Path) -> No
     compiled = compile_step(build, step)
     check_step(build, compiled)
     assert not count_collectives(compiled.as_text())
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("target", CHIPS)
+def test_weights_and_pages_of_8_bits(target: str, tmp_path: Path) -> None:
+    """No matrix is widened in the device's memory."""
+    build = plan(write_config(tmp_path), target, quantization="fp8", kv_cache_dtype="fp8", **SIZES)
+    compiled = compile_step(build, "decode 16")
+    check_step(build, compiled)
+    assert {cache.dtype for cache in build.inputs().state.caches} == {jnp.dtype(jnp.float8_e4m3fn)}
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * SMALL["hidden_size"] * SMALL["intermediate_size"]
