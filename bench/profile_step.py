@@ -1,6 +1,10 @@
-"""Where a decode step's time goes: the host's share, the device's share, and the kernels that take the most.
+"""Where a decode step's time goes: the host's share, the device's share, its idle time, and the kernels that take the most.
 
-usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096]
+usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096] [--out FILE]
+
+idle_share is of the engine's own loop, from a trace of its steps: the time in which no kernel and no copy runs, over the time from
+the first to the last. waiting_share are its gaps of more than 10 us, in which the device waits for the host; the rest lies between
+kernels that are launched together. Tracing slows the host, so traced_step_ms is above step_ms and the shares are upper bounds.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from jaxserve.plan import ON_DEVICE, PlanBuffer
 from jaxserve.sampler import Mode
 
 HERE = Path(__file__).parent
+STEPS = 40  # of each measurement
 
 
 def timed(owner: Any, name: str, totals: dict[str, float]) -> None:
@@ -36,14 +41,34 @@ def timed(owner: Any, name: str, totals: dict[str, float]) -> None:
     setattr(owner, name, wrapper)
 
 
-def host_times(llm: LLM, batch: int, context: int, steps: int) -> dict[str, float]:
+class Decoding:
+    """Requests that decode on and on, in the engine's own loop."""
+
+    def __init__(self, llm: LLM, batch: int, context: int, steps: int) -> None:
+        engine = self.engine = llm.engine
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps, detokenize=False)
+        rng = np.random.default_rng(batch)
+        self.ids = [engine.add_request(rng.integers(0, engine.vocab_size, context).tolist(), params) for _ in range(batch)]
+        while len(engine.scheduler.running) < batch or any(r.num_to_compute > 1 for r in engine.scheduler.running):
+            engine.step()
+        self.step(20)
+
+    def step(self, count: int) -> float:
+        """Milliseconds a step."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self.engine.step()
+        return (time.perf_counter() - start) / count * 1000
+
+    def stop(self) -> None:
+        for request_id in self.ids:
+            self.engine.abort(request_id)
+        self.engine.step()
+
+
+def host_times(decoding: Decoding, steps: int) -> dict[str, float]:
     """Milliseconds a step in each part of the engine's loop; collect is where the host waits for the device."""
-    engine, totals = llm.engine, collections.defaultdict(float)
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps + 20, detokenize=False)
-    rng = np.random.default_rng(batch)
-    ids = [engine.add_request(rng.integers(0, engine.vocab_size, context).tolist(), params) for _ in range(batch)]
-    while len(engine.scheduler.running) < batch or any(r.num_to_compute > 1 for r in engine.scheduler.running):
-        engine.step()
+    engine, totals = decoding.engine, collections.defaultdict(float)
     saved = {
         (o, n): getattr(o, n)
         for o, n in [
@@ -56,18 +81,46 @@ def host_times(llm: LLM, batch: int, context: int, steps: int) -> dict[str, floa
             (engine.runner, "_send"),
         ]
     }
+    step_ms = min(decoding.step(steps), decoding.step(steps))
     for owner, name in saved:
         timed(owner, name, totals)
-    start = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    totals["step"] = time.perf_counter() - start
+    totals_ms = decoding.step(steps)
     for owner, name in saved:
         delattr(owner, name)
-    for request_id in ids:
-        engine.abort(request_id)
-    engine.step()
-    return {name: round(t / steps * 1000, 3) for name, t in totals.items()}
+    return {"step": round(step_ms, 3), "step_timed": round(totals_ms, 3)} | {
+        name: round(t / steps * 1000, 3) for name, t in totals.items()
+    }
+
+
+def idle_times(decoding: Decoding, steps: int) -> dict[str, float]:
+    """From a trace of the engine's steps; see the top of this file. Empty where the trace knows no GPU."""
+    trace = tempfile.mkdtemp()
+    with jax.profiler.trace(trace):
+        step_ms = decoding.step(steps)
+    return idle_of(device_intervals(trace)) | {"traced_step_ms": round(step_ms, 3)}
+
+
+def device_intervals(trace: str) -> list[tuple[float, float]]:
+    """Start and end, in ns, of all that ran on the GPU's streams."""
+    return [(e.start_ns, e.start_ns + e.duration_ns) for line in gpu_streams(trace) for e in line.events]
+
+
+def idle_of(intervals: list[tuple[float, float]], waiting_ns: float = 10_000) -> dict[str, float]:
+    """Shares of the time from the first start to the last end in which nothing runs, and in gaps longer than waiting_ns."""
+    if not intervals:
+        return {}
+    intervals = sorted(intervals)
+    first, end = intervals[0]
+    gaps = []
+    for start, stop in intervals[1:]:
+        gaps.append(max(start - end, 0.0))
+        end = max(end, stop)
+    whole = end - first
+    return {
+        "idle_share": round(sum(gaps) / whole, 4),
+        "waiting_share": round(sum(gap for gap in gaps if gap > waiting_ns) / whole, 4),
+        "traced_device_ms": round(whole / 1e6, 3),
+    }
 
 
 def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None) -> dict[str, float]:
@@ -93,68 +146,64 @@ def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None
     table = np.zeros((runner.buckets.num_tables, runner._inputs.num_slots, runner.buckets.pages_per_slot), np.int32)
     table[:, :batch, :width] = np.resize(tables, (batch, width))  # groups may read each other's pages: only time counts
     table = table.reshape(-1, runner.buckets.pages_per_slot)
-    state = type(runner._state)(runner._state.caches, jax.device_put(table, runner._inputs.shardings.replicated))
-    buffer.packed = np.resize(buffer.packed, runner.buckets.plan_size)
-    stage = runner.programs.named("stage")
-    forward, sample = (
-        runner.programs.forward(shape),
-        runner.programs.sample(shape.num_samples, runner.programs.sample_mode(Mode.GREEDY)),
-    )
-    last, packed, results = runner._last_tokens, runner._packed, runner._results[shape.num_samples]
+    replicated = runner._inputs.shardings.replicated
+    runner._state = type(runner._state)(runner._state.caches, jax.device_put(table, replicated))
+    packed = np.resize(buffer.packed, runner.buckets.plan_size)
+    mode = runner.programs.sample_mode(Mode.GREEDY)
 
     def loop(count: int) -> float:
-        nonlocal state, last, packed, results
         start = time.perf_counter()
         for _ in range(count):
-            packed = stage(runner._send(buffer.packed), packed)
-            state, results = forward(runner._weights.arrays, state, last, packed, results)
-            last, _, _ = sample(results, last, None)
-        jax.block_until_ready(last)
+            runner.run(shape, packed, mode, batch)
+        jax.block_until_ready(runner._last_tokens)
         return (time.perf_counter() - start) / count * 1000
 
     loop(3)
     result = {"forward_and_sample_ms": round(min(loop(50), loop(50)), 3)}
     start = time.perf_counter()
     for _ in range(20):
-        state, results = forward(runner._weights.arrays, state, last, packed, results)
-    result["dispatch_forward_ms"] = round((time.perf_counter() - start) / 20 * 1000, 3)
-    jax.block_until_ready(results)
+        runner.run(shape, packed, mode, batch)
+    result["dispatch_ms"] = round((time.perf_counter() - start) / 20 * 1000, 3)
+    jax.block_until_ready(runner._last_tokens)
     if trace is not None:
         with jax.profiler.trace(trace):
             loop(5)
-    runner._state, runner._last_tokens, runner._packed = state, last, packed
-    runner._results[shape.num_samples] = results
     return result
+
+
+def gpu_streams(trace: str) -> list[Any]:
+    """The lines of a trace on which kernels and copies are, one for each stream."""
+    from jax.profiler import ProfileData
+
+    path = glob.glob(f"{trace}/**/*.xplane.pb", recursive=True)[0]
+    planes = [plane for plane in ProfileData.from_file(path).planes if "GPU" in plane.name]
+    return [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
 
 
 def kernels(trace: str, calls: int = 5, top: int = 22) -> list[tuple[str, float, int]]:
     """The kernels with the most device time: (name, microseconds a step, launches a step)."""
-    from jax.profiler import ProfileData
-
-    path = glob.glob(f"{trace}/**/*.xplane.pb", recursive=True)[0]
     times: dict[str, float] = collections.defaultdict(float)
     counts: dict[str, int] = collections.defaultdict(int)
-    for plane in ProfileData.from_file(path).planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                times[event.name] += event.duration_ns / 1000 / calls
-                counts[event.name] += 1
+    for line in gpu_streams(trace):
+        for event in line.events:
+            times[event.name] += event.duration_ns / 1000 / calls
+            counts[event.name] += 1
     rows = sorted(((n[:70], round(t, 1), counts[n] // calls) for n, t in times.items()), key=lambda r: -r[1])
     return [("total", round(sum(times.values()), 1), sum(counts.values()) // calls), *rows[:top]]
 
 
-def show(llm: LLM, rows: list[tuple[int, int]]) -> None:
+def show(llm: LLM, rows: list[tuple[int, int]]) -> dict[str, Any]:
+    """Prints and returns what the device takes for a step of these rows."""
     trace = tempfile.mkdtemp()
-    print(json.dumps(device_times(llm, rows, trace)), flush=True)
+    found: dict[str, Any] = device_times(llm, rows, trace)
+    print(json.dumps(found), flush=True)
     try:
-        for row in kernels(trace):
-            print("  ", *row, flush=True)
+        found["kernels"] = kernels(trace)
     except (IndexError, OSError, ValueError) as e:  # the trace is extra
         print("no trace:", type(e).__name__, e)
+    for row in found.get("kernels", ()):
+        print("  ", *row, flush=True)
+    return found
 
 
 def main() -> None:
@@ -163,6 +212,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prefill", type=int, nargs="*", help="lengths of the prompts of a prefill step")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the result is written, as JSON, after each batch")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     options = {k: json.loads(v) for k, _, v in (o.partition("=") for o in args.option)}
@@ -172,9 +222,15 @@ def main() -> None:
     print(f"start {time.perf_counter() - start:.1f} s", llm.engine.description, flush=True)
     for report in sorted(llm.engine.runner.programs.reports, key=lambda r: -r.seconds)[:8]:
         print("  ", report.name, f"{report.seconds:.1f} s, {report.trace_seconds:.1f} of them tracing", flush=True)
+    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "model": args.model, "context": args.context, "batches": {}}
     for batch in args.batch:
-        print(f"== batch {batch}", json.dumps(host_times(llm, batch, args.context, 60)), flush=True)
-        show(llm, [(1, args.context)] * batch)
+        decoding = Decoding(llm, batch, args.context, 40 + 4 * STEPS)
+        found = host_times(decoding, STEPS) | idle_times(decoding, STEPS)
+        decoding.stop()
+        print(f"== batch {batch}", json.dumps(found), flush=True)
+        result["batches"][batch] = found | show(llm, [(1, args.context)] * batch)
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.prefill:
         print(f"== prefill {args.prefill}", flush=True)
         show(llm, [(length, 0) for length in args.prefill])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
-from jaxserve.plan import SHAPED, PlanShape
+from jaxserve.plan import SHAPED, PlanBuffer, PlanShape
 from jaxserve.programs import MODES, ProgramInputs, Programs
 from jaxserve.request import Request
 from jaxserve.sampler import Mode
@@ -43,6 +43,17 @@ class Runner:
         starts = [(i, size, start) for i, size in sizes for start in range(0, size, inputs.buckets.block)]
         self._places = {(size, start): self._send(np.array([i, start], np.int32)) for i, size, start in starts}
         self._make_state()
+
+    def warm_up(self) -> None:
+        """Runs every program of a step twice; before any request, as it writes to a page. A GPU's first runs make CUDA graphs."""
+        for shape in self.buckets.shapes * 2:
+            plan = PlanBuffer(shape, self._inputs.num_slots, self.buckets.plan_size)
+            is_decode = shape.num_tokens == shape.num_rows
+            plan.num_single_rows[0], plan.row_tokens[0] = (1, 1) if is_decode else (0, 2)
+            self.run(shape, plan.packed, None, 0)
+            for mode in dict.fromkeys(self._modes):
+                self._sample(shape.num_samples, mode, 1)
+        jax.block_until_ready(self._last_tokens)
 
     def reset(self) -> None:
         """A fresh state: a step that raised has lost the donated one."""

@@ -246,10 +246,13 @@ def _build_replica(
         weights = loading.result()
     inputs = build.inputs()
     store = WeightStore(build.model.paths, inputs.weights, weights)
+    runner = make_runner(store, programs, inputs)
+    if build.runtime.platform == "gpu" and jax.process_count() == 1:  # processes of a group would have to do so together
+        runner.warm_up()
     return Engine(
         build.config,
         _scheduler(build),
-        make_runner(store, programs, inputs),
+        runner,
         tokenizer,
         vocab_size=build.model.vocab_size,
         weights=store,

@@ -98,8 +98,10 @@ def test_what_is_wrong_with_cases_is_said_at_once(
 
 @pytest.mark.extra
 def test_startup_times_the_phases_of_both_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "startup", str(write_model(tmp_path)), "--load-format", "dummy", "--skip-tokenizer-init", *SIZES]) == 0
-    starts = json.loads(capsys.readouterr().out)["starts"]
+    output, options = tmp_path / "out.json", ["--load-format", "dummy", "--skip-tokenizer-init", *SIZES]
+    assert main(["bench", "startup", str(write_model(tmp_path)), "--output", str(output), *options]) == 0
+    assert output.read_text() == capsys.readouterr().out
+    starts = json.loads(output.read_text())["starts"]
     assert len(starts) == 2
     for start in starts:
         marks = [start[name + "_at_s"] for name in ("imported", "first_program", "programs", "ready", "first_token")]

@@ -21,7 +21,7 @@ from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_runner import InFlight
-from tests.tiny import compiled_inputs, compiled_programs, greedy, run, tiny_engine
+from tests.tiny import compiled_inputs, compiled_programs, greedy, random_prompts, run, tiny_engine
 
 
 def gpu_buckets() -> Buckets:
@@ -90,6 +90,20 @@ def shardings_of(engine: Engine, seen: dict[int, Sharding], monkeypatch: pytest.
         return step
 
     monkeypatch.setattr(engine.runner, "dispatch", watched)
+
+
+def test_warming_up_leaves_no_trace(compiled_in_steps: list[str]) -> None:
+    """Nothing is compiled, and requests get the tokens that they would have got; pages and recurrent states have been written."""
+    outputs = []
+    for is_warm in (False, True):
+        engine = tiny_engine(recurrent=True)
+        if is_warm:
+            engine.runner.warm_up()
+        for prompt in random_prompts(3, (5, 70)):
+            engine.add_request(prompt, greedy(12, logprobs=2, presence_penalty=0.5))
+        outputs.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in run(engine).values()])
+    assert outputs[0] == outputs[1]
+    assert compiled_in_steps == []
 
 
 def test_steps_run_compiled_programs_alone(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

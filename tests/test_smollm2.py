@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import ollama
@@ -18,10 +16,8 @@ from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import EngineConfig
 from jaxserve.server.config import ServerConfig
 from tests.server.conftest import served
+from tests.smollm2_cases import CASES, NEAR_TIE, REFERENCE, assert_reference
 
-REFERENCE = json.loads((Path(__file__).parent / "data" / "smollm2_reference.json").read_text())
-CASES: list[dict[str, Any]] = REFERENCE["cases"]
-NEAR_TIE = 0.02  # gap of the reference's own two best logits below which either may win
 OPTIONS: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_batched_tokens": 128}
 GREEDY = SamplingParams(temperature=0, max_tokens=REFERENCE["max_tokens"])
 
@@ -37,15 +33,6 @@ def llm() -> Iterator[LLM]:
         yield llm
         llm.engine.check_integrity()
         assert llm.engine.scheduler.pool.num_held == 0
-
-
-def assert_reference(case: dict[str, Any], ids: list[int]) -> None:
-    for position, (got, want) in enumerate(zip(ids, case["ids"], strict=False)):
-        if got != want:
-            gap = case["gaps"][position]
-            assert gap < NEAR_TIE, f"{case['name']}: token {position} is {got}, not {want} (gap {gap})"
-            return
-    assert len(ids) == len(case["ids"])
 
 
 def generate(llm: LLM, cases: list[dict[str, Any]]) -> list[RequestOutput]:

@@ -26,6 +26,7 @@ _CHILD = "import sys, jaxserve.cli_bench.startup as startup; startup.start_once(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="what serve takes")
     parser.add_argument("--starts", type=int, default=2, help="how many, the first with an empty cache (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the result is written too")
     parser.add_argument("--config", metavar="FILE", help="YAML file of engine options; flags win over it")
     add_engine_flags(parser)
 
@@ -36,7 +37,10 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = json.dumps(options | {"compilation_cache_dir": str(Path(folder) / "cache")})
         starts = [_start(given) for _ in range(args.starts)]
-    print(json.dumps({"model": args.model, "starts": starts}, indent=1))
+    result = json.dumps({"model": args.model, "command": " ".join(["jaxserve", *sys.argv[1:]]), "starts": starts}, indent=1)
+    print(result)
+    if args.output is not None:
+        args.output.write_text(result + "\n", encoding="utf-8")
 
 
 def _start(options: str) -> dict[str, Any]:

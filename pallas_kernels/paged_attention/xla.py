@@ -110,7 +110,7 @@ class _Attend(NamedTuple):
 
         def key_block(j: Array, state: Softmax) -> Softmax:
             k, v, key_position = self._load(tables, j, q.dtype)
-            logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, k, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("BKGH,BSKH->BKGS", grouped, k, precision=_precision(k), preferred_element_type=jnp.float32)
             seen = self._seen(key_position, position, kv_lens[:, None])[:, None, None]
             bias = self._bias(key_position, position[:, None, None], query_axis=False)
             return self._update(state, logits, bias, seen, v, "BKGS,BSKV->BKGV")
@@ -132,7 +132,7 @@ class _Attend(NamedTuple):
 
         def key_block(j: Array, state: Softmax) -> Softmax:
             k, v, key_position = self._load(table[None], j, q.dtype)
-            logits = jnp.einsum("KGQH,SKH->KGQS", grouped, k[0], preferred_element_type=jnp.float32)
+            logits = jnp.einsum("KGQH,SKH->KGQS", grouped, k[0], precision=_precision(k), preferred_element_type=jnp.float32)
             seen = self._seen(key_position, positions, kv_len)
             bias = self._bias(key_position, positions, query_axis=True)
             return self._update(state, logits, bias, seen, v[0], "KGQS,SKV->KGQV")
@@ -183,7 +183,7 @@ class _Attend(NamedTuple):
         # A key nobody sees may be an unwritten slot, which may hold NaN; its weight 0 would not remove that.
         in_use = jnp.any(seen, axis=tuple(range(1, seen.ndim - 1))) if contract.startswith("B") else jnp.any(seen, axis=0)
         v = jnp.where(in_use[..., None, None], v, 0)
-        added = jnp.einsum(contract, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        added = jnp.einsum(contract, weights.astype(v.dtype), v, precision=_precision(v), preferred_element_type=jnp.float32)
         return Softmax(top, state.total * decay + jnp.sum(weights, axis=-1), state.acc * decay[..., None] + added)
 
     def _finish(self, state: Softmax, query_axis: bool = False) -> Array:
@@ -192,6 +192,11 @@ class _Attend(NamedTuple):
             sinks = self.sinks.reshape(self.num_kv_heads, -1).astype(jnp.float32)
             total = total + jnp.exp((sinks[..., None] if query_axis else sinks) - state.top)
         return state.acc / jnp.where(total == 0, 1, total)[..., None]
+
+
+def _precision(x: Array) -> lax.Precision | None:
+    """float32 is asked for to get float32: GPUs and TPUs would otherwise round it to fewer bits for a product."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _empty(shape: tuple[int, ...]) -> Softmax:
