@@ -45,6 +45,15 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def quickest_compiles(quick_compiles: None) -> Iterator[None]:
+    """For programs that run only a few times, or on hardly anything: compiling takes a third of the time, running twice as long."""
+    from tests.older_emitters import older_emitters
+
+    with older_emitters():
+        yield
+
+
 @pytest.fixture(scope="session")
 def compiled_in_steps() -> Iterator[list[str]]:
     """What is compiled inside an engine's methods, on whichever thread they run: a new one must have compiled it all before."""

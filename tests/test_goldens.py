@@ -14,6 +14,8 @@ from jaxserve.sharding import Shardings, kv_repeat, make_mesh
 from tests.goldens.cases import NAMES, read_golden, write_checkpoint
 from tests.paged import paged_logits
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 LENGTH = 48  # tokens of each golden text
 TOLERANCE = 0.01  # of the logits' standard deviation, in float32
 
