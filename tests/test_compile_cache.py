@@ -15,6 +15,7 @@ import pytest
 from jaxserve.compile_cache import use_compile_cache
 from jaxserve.config import CompileConfig
 from tests.goldens import cases
+from tests.older_emitters import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 32}
@@ -51,7 +52,7 @@ def run(program: str, *args: str) -> str:
         [sys.executable, "-c", textwrap.dedent(program), *args],
         check=False,
         cwd=ROOT,
-        env=own | {"JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "100"},
+        env=own | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": QUICK_FLAGS, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,7 +13,6 @@ from openai import OpenAI
 
 from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.async_engine import AsyncEngine
-from jaxserve.config import EngineConfig
 from jaxserve.server.config import ServerConfig
 from tests.server.conftest import served
 from tests.smollm2_cases import CASES, NEAR_TIE, REFERENCE, assert_reference
@@ -76,12 +75,10 @@ def test_bad_words_do_not_appear(llm: LLM) -> None:
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[OpenAI]:
-    """The real server on a real socket."""
-    engine = AsyncEngine.from_config(EngineConfig.from_options(model="smollm2", **OPTIONS))
-    with served(engine, ServerConfig(port=0)) as url:
+def client(llm: LLM) -> Iterator[OpenAI]:
+    """The real server on a real socket, over the same engine."""
+    with served(AsyncEngine(llm.engine), ServerConfig(port=0)) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    engine.engine.check_integrity()
 
 
 def ask(client: OpenAI, case: dict[str, Any], stream: bool) -> str:

@@ -20,6 +20,7 @@ import pytest
 from jaxserve import LLM, SamplingParams
 from tests.goldens import cases
 from tests.multihost.pairs import free_port
+from tests.older_emitters import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": 10**6}
@@ -53,9 +54,7 @@ class Group:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        environment["XLA_FLAGS"] = (
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles faster
-        )
+        environment["XLA_FLAGS"] = QUICK_FLAGS
         command = [sys.executable, "-m", "jaxserve", "serve", str(self._model), "--skip-tokenizer-init", *flags, *more]
         with (self._folder / f"out{process_id}").open("ab") as out:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
