@@ -22,6 +22,7 @@ ReadTensor = Callable[[Index], np.ndarray]
 """Reads a part of one tensor of the checkpoint."""
 
 ALIGNMENT = 64  # bytes; what JAX takes on a CPU as it is, without a copy
+_HUGE_PAGE = 2**21  # bytes; NumPy asks the kernel for such pages
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,11 @@ def as_bits(x: np.ndarray) -> np.ndarray:
 
 
 def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array whose memory starts as JAX wants it."""
+    """An empty array whose memory starts as JAX wants it, and a large one's with a huge page, else its ends are of small ones."""
     size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    alignment = _HUGE_PAGE if size >= 2 * _HUGE_PAGE else ALIGNMENT
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
