@@ -160,9 +160,10 @@ def _reads_all(num_tokens: int, spec: MoeSpec, runtime: Runtime) -> bool:
     """Whether to put every token through every expert.
 
     On a GPU a step of some hundred tokens takes as long as reading the weights takes, however much is computed beside it, and
-    few experts are left out once tokens have chosen twice as many as there are. One plain product is then the fastest.
+    few experts are left out once tokens have chosen twice as many as there are. One plain product is then the fastest. Not in
+    the smallest step, which one request alone has too.
     """
-    return runtime.platform == "gpu" and num_tokens <= 256 and num_tokens * spec.top_k >= 2 * spec.num_experts
+    return runtime.platform == "gpu" and 16 < num_tokens <= 256 and num_tokens * spec.top_k >= 2 * spec.num_experts
 
 
 def _by_expert(contract: str, x: Array, w: Array) -> Array:

@@ -186,8 +186,11 @@ def paged_attention(
             return out, kv_pages
         except NotImplementedError as reason:
             _say_once(f"attention runs without a kernel, as XLA loops: {reason}")
-    attend = reference.paged_attention if implementation == "reference" else xla.paged_attention
-    return attend(q, kv_pages, *rows, alibi, **options), kv_pages
+    if implementation == "reference":
+        return reference.paged_attention(q, kv_pages, *rows, alibi, **options), kv_pages
+    if implementation == "mosaic_gpu":
+        options["blocks"] = xla.GPU_BLOCKS if value_dim is None else xla.GPU_LATENT_BLOCKS
+    return xla.paged_attention(q, kv_pages, *rows, alibi, **options), kv_pages
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_sharing import share_splits
 
 BLOCK = 64  # tokens of K and V that decode handles at once; splits and windows start at multiples of it
-WORKERS = 132  # multiprocessors of an H100 or H200
+WORKERS = 132  # multiprocessors of an H100 or H200; each has two of decode's workers
 MANY_ROUNDS = 16  # prefill items a multiprocessor from which locality counts for more than an even end
 TILE = 128  # query tokens of one prefill work item
 ALIGN = 8  # a tile starts at a multiple of it in the packed queries, as bulk copies want
@@ -53,12 +53,17 @@ class DecodePlan:
 
 
 def default_split(num_rows: int, num_kv_heads: int) -> int:
-    """Tokens a split: 512 costs least; small batches need smaller ones to reach every multiprocessor.
+    """Tokens a split: small batches need small ones to reach every multiprocessor, and merging what is split costs time.
 
     Depends on shapes alone, so that a result does not depend on the other requests of its step.
     """
     heads = num_rows * num_kv_heads
-    return 128 if heads <= 4 else 256 if heads <= 16 else 512
+    return 128 if heads <= 4 else 256 if heads <= 16 else 512 if heads < 8 * WORKERS else 1024
+
+
+def splits_grow(num_rows: int, num_kv_heads: int) -> bool:
+    """Whether long rows get longer splits: where the rows alone keep every worker busy."""
+    return num_rows * num_kv_heads >= 2 * WORKERS
 
 
 def max_row_splits(num_rows: int, num_kv_heads: int) -> int:
@@ -86,7 +91,7 @@ def plan_decode(
         num_kv_heads: K of one device.
         max_len: page table width times page size: bounds the splits.
         window: the sliding window, None for full attention.
-        split: tokens of an item at most, a multiple of 64; None chooses `default_split`.
+        split: tokens of an item, a multiple of 64, but for long rows; None chooses `default_split`.
         fill: a row without tokens, used or not, gets an item that writes zeros. False where another kernel owns those rows.
         page_tables: pages of each row, for `seats`.
         seats: rows of an item at most that share a split's pages. With a window each row's splits begin elsewhere: none do.
@@ -103,7 +108,10 @@ def plan_decode(
     visible = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
     origin = visible // BLOCK * BLOCK
     span = length - origin
-    size = jnp.maximum(split, -(-span // (limit * BLOCK)) * BLOCK)
+    least = jnp.full_like(span, split)
+    if splits_grow(num, num_kv_heads):
+        least *= 1 + (span >= 4 * split) + 2 * (span >= 8 * split)  # 1, 2 or 4: two whole ones at least
+    size = jnp.maximum(least, -(-span // (limit * BLOCK)) * BLOCK)
     whole = span // size
     tail = span - whole * size
     has_tail = (tail > 0) | ((span == 0) & fill)

@@ -40,6 +40,14 @@ def test_matches_reference(page_size: int, options: dict, query_lens: list[int],
     np.testing.assert_allclose(got[:used], want[:used], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"value_dim": 24}, {"window": 100}])
+def test_blocks_of_any_size(options: dict) -> None:
+    case = paged_case(2, Shape(max_pages=26), [1, 1, 120, 2], [17, 390, 50, 3], tokens=128)
+    want = reference.paged_attention(**case, scale=0.2, **options)
+    got = xla.paged_attention(**case, scale=0.2, **options, blocks=xla.Blocks(queries=32, keys=64, single_keys=256))
+    np.testing.assert_allclose(got[:124], want[:124], rtol=2e-5, atol=2e-5)
+
+
 def test_neighbours_do_not_change_a_row() -> None:
     """Row 0 alone and row 0 beside longer rows give the same bits."""
     shape = Shape()

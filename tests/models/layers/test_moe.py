@@ -40,7 +40,7 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
         if array is not None:
             array.set_value(normal(*array.get_value().shape))
     batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
-    x = normal(16, D)  # three tokens are padding
+    x = normal(20, D)  # seven tokens are padding; with 16 a GPU sorts too
     weights, experts = route(x @ moe.router.get_value(), spec.router, K)
     want = np.zeros((13, D), np.float32)
     for t in range(13):
@@ -68,7 +68,7 @@ def test_experts_of_8_bits_are_multiplied_as_the_numbers_they_stand_for(platform
         getattr(moe, name).set_value(weight)
         getattr(plain, name).set_value(jnp.moveaxis(weight.values.astype(jnp.float32) * weight.scales[..., None], -1, 1))
     batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
-    x, runtime = normal(16, D), Runtime(platform, make_mesh(devices))
+    x, runtime = normal(20, D), Runtime(platform, make_mesh(devices))
     np.testing.assert_allclose(moe(x, batch, runtime), plain(x, batch, runtime), rtol=2e-4, atol=2e-4)
 
 
