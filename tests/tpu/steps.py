@@ -76,7 +76,7 @@ def copied_weights(build: Build, text: str) -> list[str]:
     shapes = (x.sharding.shard_shape(x.shape) for x in build.inputs().weights)
     named = zip(map(math.prod, shapes), build.model.paths, strict=True)
     sizes = {size for size, path in named if path.startswith("layers.") and size > 2**22}
-    made = re.findall(r"= \w+\[([\d,]+)\](\S*) (?:copy|reshape|transpose|fusion)\(", text[text.index("\nENTRY") :])
+    made = re.findall(r"= \w+\[([\d,]+)\](\S*) (?:copy|reshape|transpose|fusion)\(%param[\w.]*\)", text[text.index("\nENTRY") :])
     return [dims for dims, layout in made if "S(1)" not in layout and math.prod(map(int, dims.split(","))) in sizes]
 
 
