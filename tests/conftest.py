@@ -45,7 +45,7 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quickest_compiles(quick_compiles: None) -> Iterator[None]:
     """For programs that run only a few times, or on hardly anything: compiling takes a third of the time, running twice as long."""
     from tests.older_emitters import older_emitters

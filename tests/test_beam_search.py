@@ -79,6 +79,8 @@ def assert_as_reference(output: RequestOutput, case: dict[str, Any]) -> None:
         assert got.index == i
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickest_compiles")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_finds_what_transformers_finds(name: str, tmp_path: Path) -> None:
     """All of a checkpoint's cases at once, in fewer slots than they have beams."""

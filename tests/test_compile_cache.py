@@ -61,6 +61,7 @@ def run(program: str, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_after_compile_a_start_compiles_nothing(tmp_path: Path) -> None:
     model, cache = cases.write_checkpoint(tmp_path / "model", "llama"), tmp_path / "cache"
     flags = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]

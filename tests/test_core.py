@@ -31,6 +31,7 @@ def tiny_core(mesh: Mesh | None = None, window: int | None = None) -> tuple[Core
     return Core(model, Runtime("cpu", make_mesh(1) if mesh is None else mesh), **sizes), tiny_weights(tiny_spec(window))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [greedy(20), SAMPLED], ids=["greedy", "sampled"])
 def test_the_example_gives_the_engines_tokens(params: SamplingParams) -> None:
     """A request of the engine with the same seed; one program here, many steps there."""
@@ -42,6 +43,8 @@ def test_the_example_gives_the_engines_tokens(params: SamplingParams) -> None:
     assert tokens == [outputs[i].outputs[0].token_ids for i in ids]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickest_compiles")
 def test_a_mesh_with_other_axes(tmp_path: Path) -> None:
     """A trainer's: two replicas of data, two devices a layer."""
     folder = str(cases.write_checkpoint(tmp_path, "llama"))
@@ -56,6 +59,7 @@ def test_a_mesh_with_other_axes(tmp_path: Path) -> None:
         load_core(folder, Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor")), **sizes)
 
 
+@pytest.mark.usefixtures("quickest_compiles")
 @pytest.mark.parametrize("window", [None, 24])
 def test_logits_of_whole_sequences(window: int | None) -> None:
     core, weights = tiny_core(window=window)
@@ -66,6 +70,8 @@ def test_logits_of_whole_sequences(window: int | None) -> None:
         np.testing.assert_allclose(logits, want, atol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickest_compiles")
 def test_the_gradient_is_the_slope() -> None:
     core, weights = tiny_core()
     tokens = jnp.asarray(random_prompts(3, [20, 20]))

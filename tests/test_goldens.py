@@ -38,7 +38,15 @@ ALIKE = ("zamba2_plain", "granitemoe_swa", "cohere2_moe_rms", "granitemoehybrid_
 ALIKE += ("falcon_h1", "qwen2_window", "gemma3_linear", "deepseek_v2_groups", "phi3_longrope_past", "llama2")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.extra) if name in ALIKE else name for name in NAMES])
+# One of each family of layers, for `make check`.
+CHECKED = ("llama", "gpt2", "gemma2", "qwen3_moe", "deepseek_v2", "mamba2", "qwen3_next", "rwkv")
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.extra] if name in ALIKE else [] if name in CHECKED else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in NAMES])
 def test_chunked_prefill_and_paged_decode(name: str, tmp_path: Path) -> None:
     """In one program for each kind of layer, which is what the time goes to: single tokens as they run beside a prefill."""
     model, weights = load(write_checkpoint(tmp_path / name, name))
@@ -51,6 +59,7 @@ def test_chunked_prefill_and_paged_decode(name: str, tmp_path: Path) -> None:
 ALONE = ("mamba2", "qwen3_next", "minimax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in ALONE else pytest.param(name, marks=pytest.mark.extra) for name in NAMES])
 def test_decode_alone(name: str, tmp_path: Path) -> None:
     """With weights as CPUs hold them."""
@@ -73,6 +82,7 @@ MORE_DEVICES = [
 DEVICES += [pytest.param(*case, marks=pytest.mark.extra) for case in MORE_DEVICES]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_kept_compiled")
 @pytest.mark.parametrize("name, devices", DEVICES)
 def test_tensor_parallel(name: str, devices: int, tmp_path: Path) -> None:

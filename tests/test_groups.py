@@ -109,6 +109,7 @@ def test_a_hit_needs_of_windows_only_the_last() -> None:
     assert cached_tokens(prompts[3]) == 16, "so far no window reaches back, and no page is missing that everybody reads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pages", [200, 42])
 def test_samples_hits_preemption_and_beams(num_pages: int) -> None:
     """The small pool preempts; what comes is what each request gives alone."""

@@ -23,7 +23,7 @@ from jaxserve.programs import ProgramReport, Programs
 from jaxserve.sharding import Shardings, kv_repeat, make_mesh, make_meshes
 from tests.goldens import cases
 
-pytestmark = pytest.mark.usefixtures("nothing_kept_compiled")
+pytestmark = pytest.mark.usefixtures("nothing_kept_compiled", "quickest_compiles")
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, FFN, LAYERS = 8, 2, 8, 32, 48, 2
 PROMPTS = [[3, 1, 4, 1, 5, 9], list(range(10, 50)), [7], [60, 61] * 9, list(range(100, 120))]
@@ -77,6 +77,7 @@ def generate(model: Path, **options: Any) -> list[list[int]]:
         return [output.outputs[0].token_ids for output in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [((8, 1), (1, 2)), pytest.param(((2, 1), (4, 1), (2, 2)), marks=pytest.mark.extra)])
 def test_the_same_tokens_on_any_number_of_devices(sizes: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
     """(tensor_parallel_size, data_parallel_size); 8 devices hold each of the 2 kv heads four times."""

@@ -106,6 +106,7 @@ def test_warming_up_leaves_no_trace(compiled_in_steps: list[str]) -> None:
     assert compiled_in_steps == []
 
 
+@pytest.mark.slow
 def test_steps_run_compiled_programs_alone(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """jax forgets what it has compiled, so an eager operation, or any jit but the declared programs, would compile anew."""
     engine = tiny_engine(num_pages=20, max_num_seqs=8)

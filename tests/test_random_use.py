@@ -123,6 +123,7 @@ class User:
             assert_greedy(prompt, output.outputs[0].token_ids, **model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

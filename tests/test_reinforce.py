@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from jaxserve.examples import reinforce
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickest_compiles")
 def test_it_learns_on_its_own_tokens(tmp_path: Path) -> None:
     llm, core = reinforce.make_model(tmp_path)
     with llm:

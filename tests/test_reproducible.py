@@ -71,6 +71,7 @@ def aborted_before(engine: Engine) -> None:
         engine.abort(request_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_else_happens(kind: str) -> None:
     params = KINDS[kind]

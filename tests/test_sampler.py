@@ -18,6 +18,8 @@ from jaxserve.request import RequestGroup, sample_fields
 from jaxserve.sampler import Mode, sample
 from jaxserve.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 V = 50
 
 

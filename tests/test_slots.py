@@ -24,6 +24,7 @@ def prompts(seed: int, lengths: list[int]) -> list[list[int]]:
     return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 1000),
@@ -123,6 +124,7 @@ def test_a_failed_step_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> None
     assert_greedy(prompt, run(engine)[request_id].outputs[0].token_ids, recurrent=True)
 
 
+@pytest.mark.slow
 def test_a_model_of_states_alone(tmp_path: Path) -> None:
     """No layer has pages, so they bind nobody: as many requests as slots, each as long as the model allows."""
     folder = write_checkpoint(tmp_path / "rwkv", "rwkv")

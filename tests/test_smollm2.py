@@ -17,6 +17,8 @@ from jaxserve.server.config import ServerConfig
 from tests.server.conftest import served
 from tests.smollm2_cases import CASES, NEAR_TIE, REFERENCE, assert_reference
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_batched_tokens": 128}
 GREEDY = SamplingParams(temperature=0, max_tokens=REFERENCE["max_tokens"])
 

@@ -15,6 +15,7 @@ def windowed(**options: int) -> Engine:
     return tiny_engine(**{"window": WINDOW, "all_windowed": True, "page_size": PAGE} | options)
 
 
+@pytest.mark.slow
 def test_a_long_request_holds_a_window() -> None:
     engine = windowed()
     prompt = random_prompts(1, [20])[0]
@@ -52,6 +53,7 @@ def test_a_prompt_in_chunks_leaves_its_beginning() -> None:
     assert outputs[0].request_id == request_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pages", [64, 17])
 def test_samples_prefix_hits_and_preemption(num_pages: int) -> None:
     """Pages that passed are others', or are found again; in the small pool requests are preempted, too."""

@@ -16,6 +16,7 @@ from tests.goldens import cases
 from tests.models.forward import empty_caches, forward, logit_error, open_and_load, prompts_batch
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(tmp_path: Path) -> None:
     model, weights = open_and_load(cases.write_checkpoint(tmp_path, "gemma3_text"), dtype=jnp.bfloat16)
     assert {w.dtype for w in weights} == {jnp.dtype("bfloat16")}
@@ -25,6 +26,7 @@ def test_bfloat16_stays_close(tmp_path: Path) -> None:
     assert np.abs(logits - wanted).mean() < 0.1 * wanted.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "qwen2", "llama_bias"])
 def test_repeated_kv_heads_change_nothing(case: str, tmp_path: Path) -> None:
     """As under tensor parallelism with more devices than kv heads."""
@@ -52,6 +54,7 @@ def test_one_rotation_for_each_distinct_rope(tmp_path: Path) -> None:
     assert str(jax.make_jaxpr(run)(weights, batch, empty_caches(model, num_pages, 1))).count(" cos ") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [2, 4])
 @pytest.mark.parametrize("case", ["llama", "gemma3_text"])
 def test_tensor_parallel(case: str, num_devices: int, tmp_path: Path) -> None:

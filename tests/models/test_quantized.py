@@ -118,6 +118,7 @@ def test_quantising_on_two_devices_gives_the_same_weights(checkpoint: Path) -> N
     assert any(len({s.index for s in w.addressable_shards}) == 2 for w in shared if w.dtype == FP8), "nothing was cut"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_kept_compiled")
 def test_an_engine_serves_fp8_at_one_and_two_devices(checkpoint: Path) -> None:
     """Weights, activations and pages of 8 bits."""

@@ -49,6 +49,7 @@ class Group:
                 np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_the_follower_holds_the_same(recurrent: bool) -> None:
     """Chunked prefill, forks and copies, shaping, beams, logprobs, preemption and an abort, side by side."""

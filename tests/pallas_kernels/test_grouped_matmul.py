@@ -45,6 +45,7 @@ def assert_equal_but_for_rounding(out: jax.Array, want: jax.Array) -> None:
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want), rtol=1e-2, atol=1e-2 * float(jnp.std(want)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "cols", "stages"), [(8, 64, 3), (64, 192, 2), (128, 64, 4)])
 def test_kernel_in_the_interpreter(block: int, cols: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic_gpu, "CTAS", 2)

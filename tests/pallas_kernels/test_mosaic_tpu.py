@@ -78,6 +78,7 @@ def check(shape: Shape, lens: tuple[list[int], list[int]], dtype: Any, **options
     np.testing.assert_array_equal(by_slot, want_pages.swapaxes(1, 2)[is_known])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("lens", "dtype"),
@@ -93,6 +94,7 @@ def test_matches_reference(lens: Any, dtype: Any) -> None:
     check(Shape(head_dim=64, page_size=32, max_pages=12), lens, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -110,6 +112,7 @@ OPTIONS = [
 MORE_OPTIONS = [{"sinks": True, "window": 150}, {"alibi": jnp.bfloat16}]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "options",

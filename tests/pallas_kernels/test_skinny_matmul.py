@@ -101,6 +101,7 @@ def test_each_piece_is_summed_once(ctas: int, tiles: int, pieces: int) -> None:
     assert left == awaited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "ctas", "rows", "depth", "cols"),
     [

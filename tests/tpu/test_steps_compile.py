@@ -10,7 +10,7 @@ import pytest
 from tests.tpu.steps import CHIPS, SMALL, check_step, compile_step, count_collectives, plan, write_config
 from tests.tpu.test_target import needs_libtpu
 
-pytestmark = [needs_libtpu, pytest.mark.usefixtures("no_compile_cache")]
+pytestmark = [needs_libtpu, pytest.mark.slow, pytest.mark.usefixtures("no_compile_cache")]
 
 SIZES = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
 

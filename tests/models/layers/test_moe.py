@@ -57,6 +57,7 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     assert np.isfinite(got).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_experts_of_8_bits_are_multiplied_as_the_numbers_they_stand_for(platform: Any, devices: int) -> None:

@@ -36,6 +36,7 @@ def load(folder: Path, devices: int) -> dict[str, np.ndarray]:
     return {p.path: np.asarray(w) for p, w in zip(model.parameters, weights, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, written_on, read_on", [("olmo2", 1, 4), ("deepseek_v3", 2, 1), ("llama_bias", 1, 2)])
 def test_same_arrays(case: str, written_on: int, read_on: int, tmp_path: Path) -> None:
     folder, out = convert(tmp_path, case, "--tensor-parallel-size", str(written_on))

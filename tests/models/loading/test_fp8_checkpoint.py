@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -92,13 +90,6 @@ def load_kept(folder: Path, sharding_for: ShardingFor = one_device, **options: A
     return model, weights
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compiles() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantised_weights_are_numpy_s(form: str, tmp_path: Path) -> None:
     """As `convert` and programs of one's own read them."""
@@ -128,6 +119,7 @@ def test_kept_weights_stand_for_the_same_numbers(case: str, form: str, tmp_path:
     assert kept == {"mixer.qkv", "mixer.out", "mlp.up", "mlp.down"} | experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, form", [("llama", "static"), ("qwen3_moe", "channel")])
 def test_logits_of_kept_weights_are_near_those_of_dequantised_ones(case: str, form: str, tmp_path: Path) -> None:
     """Only activations are rounded beyond that."""

@@ -187,6 +187,7 @@ def dummy(tmp_path: Path, seed: int, outputs_first: bool = False) -> dict[str, j
     return {p.path: w for p, w in zip(model.parameters, weights, strict=True)}
 
 
+@pytest.mark.slow
 def test_dummy_weights(tmp_path: Path) -> None:
     weights, again, other = dummy(tmp_path, 0), dummy(tmp_path, 0), dummy(tmp_path, 1)
     assert all((weights[path] == again[path]).all() for path in weights)
