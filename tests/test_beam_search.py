@@ -148,6 +148,7 @@ def search_alone(prompt: list[int], params: SamplingParams) -> Found:
     return found(run(engine)[request_id])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize(("num_pages", "max_num_seqs"), [(16, 8), (17, 4), (20, 8), (64, 3), (64, 1)])
 def test_small_pools_and_few_slots_change_nothing(num_pages: int, max_num_seqs: int, prefix_caching: bool) -> None:
@@ -159,6 +160,7 @@ def test_small_pools_and_few_slots_change_nothing(num_pages: int, max_num_seqs: 
     assert_same(got, search_alone(prompt, params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_neighbours_change_nothing(seed: int) -> None:
     """Searches and samples together in a pool that preempts, arriving one after another."""

@@ -13,7 +13,7 @@ from tests.tiny import VOCAB, assert_greedy, dense_logits, greedy, run, tiny_eng
 from tests.tiny import random_prompts as prompts
 
 
-@pytest.mark.parametrize("page_size, window", [(16, None), (32, 24)])
+@pytest.mark.parametrize("page_size, window", [(16, None), pytest.param(32, 24, marks=pytest.mark.slow)])
 def test_equals_full_recompute(page_size: int, window: int | None) -> None:
     engine = tiny_engine(page_size=page_size, window=window)
     work = prompts(1, [1, 5, 16, 17, 40, 100, 130, 64])
@@ -26,6 +26,7 @@ def test_equals_full_recompute(page_size: int, window: int | None) -> None:
         assert_greedy(prompt, tokens, window)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 1000),

@@ -23,6 +23,8 @@ from jaxserve.server.config import ServerConfig
 from jaxserve.server.run import bind, run, url_of
 from tests.tiny import tiny_engine
 
+pytestmark = pytest.mark.slow  # most start a process, or wait for what takes its time
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = textwrap.dedent("""
     from jaxserve.server.app import create_app
