@@ -41,7 +41,7 @@ def run(
         inputs: [T, ...] each.
         step: (states [B, ...], inputs [B, ...]) -> (states, outputs [B, ...]): one token of each of B requests.
         chunk: (state, inputs [C, ...], valid [C]) -> (state, outputs [C, ...]): up to C tokens of one request. Those not valid
-            are the last ones; they must not change the state, and their outputs are not read.
+            are the last ones, and zeros; they must not change the state, and their outputs are not read.
         chunk_size: C.
         empty: what a request's state is filled with before its first token.
 
@@ -73,8 +73,9 @@ def run(
         at, slot = batch.query_start[row] + nth * chunk_size, batch.slots[row]
         begins = batch.starts[row] & (nth == 0)
         state = jax.tree.map(lambda pool: jnp.where(begins, jnp.asarray(empty, pool.dtype), pool[slot]), pools)
-        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, chunk_size), inputs)
-        state, result = chunk(state, part, jnp.arange(chunk_size) < batch.query_start[row + 1] - at)
+        valid = jnp.arange(chunk_size) < batch.query_start[row + 1] - at
+        part = jax.tree.map(lambda x: _rows_or_zero(valid, lax.dynamic_slice_in_dim(x, at, chunk_size)), inputs)
+        state, result = chunk(state, part, valid)
         pools = jax.tree.map(lambda pool, new: pool.at[slot].set(new.astype(pool.dtype)), pools, state)
         return pools, jax.tree.map(lambda y, new: lax.dynamic_update_slice_in_dim(y, new, at, 0), outputs, result)
 
@@ -157,6 +158,11 @@ def _empty_outputs(pools: Tree, inputs: Tree, step: Callable[[Tree, Tree], tuple
     num_rows = jax.tree.leaves(inputs)[0].shape[0]
     states = jax.tree.map(lambda pool: jax.ShapeDtypeStruct((num_rows, *pool.shape[1:]), pool.dtype), pools)
     return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(step, states, inputs)[1])
+
+
+def _rows_or_zero(chosen: Bool[Array, " C"], x: Array) -> Array:
+    """x's rows: tokens not in use may be NaN, which no factor of 0 removes."""
+    return jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
 def _pad(x: Array, count: int, value: Any = 0) -> Array:
