@@ -56,7 +56,7 @@ class CacheConfig:
     )
     enable_prefix_caching: bool = option(True, "reuse the pages of prompts that begin alike")
     share_page_reads: bool = option(
-        False, "H100 and H200: decode reads pages that requests have in common once for up to 64 query heads (never timed so far)"
+        True, "H100 and H200: decode reads pages that requests have in common once for up to 64 query heads"
     )
 
 
@@ -93,15 +93,10 @@ class CompileConfig:
         None, "where compiled programs are kept (~/.cache/jaxserve/xla); the empty string turns the cache off"
     )
 
-    matmul_kernel: Literal["xla", "mosaic_gpu"] = option(
-        "xla",
-        "mosaic_gpu: on one H100 or H200, up to 128 rows go through a kernel that streams the weights; with 8-bit weights the "
-        "activations then stay bfloat16. Not measured yet",
-    )
     collectives_in_graph: bool = option(
         False,
         "GPUs with --tensor-parallel-size: what they send each other becomes part of a step's CUDA graph, which is else cut there, "
-        "twice a layer (never timed so far)",
+        "twice a layer",
     )
 
     @property

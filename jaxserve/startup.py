@@ -40,7 +40,7 @@ from jaxserve.models.loading import (
 )
 from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
-from jaxserve.pallas_kernels.paged_attention import Implementation, choose_implementation
+from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
 from jaxserve.programs import ProgramInputs, ProgramReport, Programs, Progress, compile_programs
@@ -287,33 +287,24 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
-    _check_kernels(config, mesh, platform, attention)
+    _check_collectives(config, mesh, platform)
     runtime = Runtime(
         platform,
         mesh,
         attention,
         layout,
-        config.compile.matmul_kernel,
         config.cache.share_page_reads,
         config.compile.collectives_in_graph,
     )
     return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
 
 
-def _check_kernels(config: EngineConfig, mesh: Mesh, platform: str, attention: Implementation) -> None:
-    """Raises ConfigError where an option asks for a kernel or a CUDA graph, and the devices are others."""
-    is_hopper, device = attention == "mosaic_gpu", mesh.devices.flat[0].device_kind
-    if config.cache.share_page_reads and not is_hopper:
-        raise ConfigError(f"--share-page-reads runs on an H100 or H200; got {device}. Leave it out.")
-    if config.compile.matmul_kernel == "mosaic_gpu" and (not is_hopper or mesh.size > 1):
-        raise ConfigError(
-            "--matmul-kernel mosaic_gpu runs on one H100 or H200, without --tensor-parallel-size; "
-            f"got {mesh.size} x {device}. Leave it out."
-        )
+def _check_collectives(config: EngineConfig, mesh: Mesh, platform: str) -> None:
+    """Raises ConfigError where they are asked for in a CUDA graph, and there is none or nothing to send."""
     if config.compile.collectives_in_graph and (platform != "gpu" or mesh.size == 1):
         raise ConfigError(
             "--collectives-in-graph is for GPUs that share a model (--tensor-parallel-size); "
-            f"got {mesh.size} x {device}. Leave it out."
+            f"got {mesh.size} x {mesh.devices.flat[0].device_kind}. Leave it out."
         )
 
 

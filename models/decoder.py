@@ -17,7 +17,7 @@ from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
 from jaxserve.models.layers.layer_inputs import LayerInput, LayerInputs
-from jaxserve.models.layers.linear import OutputsFirst, linear, matmuls_by, parameter, value, weight
+from jaxserve.models.layers.linear import OutputsFirst, linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.moe import Moe
@@ -236,12 +236,6 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits of batch.logit_rows, and the caches with this step's tokens.
         """
-        with matmuls_by(runtime.matmul):
-            return self._run(batch, caches, runtime)
-
-    def _run(
-        self, batch: StepBatch, caches: tuple[Array, ...], runtime: Runtime
-    ) -> tuple[Float[Array, "S V"], tuple[Array, ...]]:
         x = embedded = self._embed(batch)
         rotations = self._rotations(batch)
         layout = runtime.layout or one_table(self.cache_specs())

@@ -23,7 +23,6 @@ __all__ = [
     "CacheKind",
     "CacheSpec",
     "LogicalAxes",
-    "MatmulKernel",
     "PagePlaces",
     "Runtime",
     "ShardingFor",
@@ -37,7 +36,6 @@ LogicalAxes = tuple[str | None, ...]
 embed: model width D. vocab: V. heads/kv_heads: N/K. ffn: F. experts: E. None: never sharded.
 """
 
-MatmulKernel = Literal["xla", "mosaic_gpu"]
 """What multiplies few rows by weights; all other rows are XLA's."""
 
 ShardingFor = Callable[[LogicalAxes, tuple[int, ...]], Sharding]
@@ -115,7 +113,6 @@ class Runtime:
         mesh: the devices; kernels run under shard_map over its `model` axis.
         attention: the attention kernel's back end.
         layout: of the caches; None where each layer has its own array, and all one page table.
-        matmul: of few rows by weights.
         shares_pages: decode reads pages that rows have in common once, where the back end can.
         collectives_in_graph: what GPUs send each other is recorded in the CUDA graph too.
     """
@@ -124,7 +121,6 @@ class Runtime:
     mesh: Mesh | None = None
     attention: kernels.Implementation = "xla"
     layout: CacheLayout | None = None
-    matmul: MatmulKernel = "xla"
     shares_pages: bool = False
     collectives_in_graph: bool = False
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,23 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import LogicalAxes, MatmulKernel
+from jaxserve.models.interface import LogicalAxes
 from jaxserve.models.layers.quantized import Fp8Weight, linear_fp8
-from jaxserve.pallas_kernels import skinny_matmul
 
 MANY_ROWS = 256  # from which on a CPU's products with the weight on the right are the quicker ones
-
-_kernel: ContextVar[MatmulKernel] = ContextVar("matmul kernel", default="xla")
-
-
-@contextmanager
-def matmuls_by(kernel: MatmulKernel) -> Iterator[None]:
-    """Has `linear` traced with that kernel, where it serves; no layer needs to know."""
-    token = _kernel.set(kernel)
-    try:
-        yield
-    finally:
-        _kernel.reset(token)
 
 
 @jax.tree_util.register_dataclass
@@ -98,10 +83,6 @@ def linear(
 
 
 def _product(x: Array, w: Array | Fp8Weight | OutputsFirst, contract: int, transpose: bool, out_dtype: DTypeLike) -> Array:
-    if _kernel.get() == "mosaic_gpu" and not isinstance(w, OutputsFirst):
-        y = _by_kernel(x, w, contract, transpose, out_dtype)
-        if y is not None:
-            return y
     if isinstance(w, Fp8Weight):
         return linear_fp8(x, w, contract, out_dtype)
     if isinstance(w, OutputsFirst):
@@ -109,19 +90,6 @@ def _product(x: Array, w: Array | Fp8Weight | OutputsFirst, contract: int, trans
     x_axes = tuple(range(x.ndim - contract, x.ndim))
     w_axes = tuple(range(w.ndim - contract, w.ndim)) if transpose else tuple(range(contract))
     return jax.lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), precision=_precision(x), preferred_element_type=out_dtype)
-
-
-def _by_kernel(x: Array, w: Array | Fp8Weight, contract: int, transpose: bool, out_dtype: DTypeLike) -> Array | None:
-    """None where the kernel does not serve. Weights of 8 bits are multiplied with the rows as they are."""
-    values, scales = (w.values, w.scales.reshape(-1)) if isinstance(w, Fp8Weight) else (w, None)
-    inputs_last = transpose or scales is not None
-    rows, depth = x.reshape(*x.shape[: x.ndim - contract], -1), math.prod(x.shape[x.ndim - contract :])
-    matrix = values.reshape((-1, depth) if inputs_last else (depth, -1))
-    if rows.ndim != 2 or not skinny_matmul.serves(rows, matrix, inputs_last=inputs_last):
-        return None
-    out_axes = values.shape[: values.ndim - contract] if inputs_last else values.shape[contract:]
-    y = skinny_matmul.skinny_matmul(rows, matrix, scales, inputs_last=inputs_last, out_dtype=out_dtype)
-    return y.reshape(-1, *out_axes)
 
 
 def _linear_outputs_first(x: Array, w: Array, contract: int, out_dtype: DTypeLike) -> Array:

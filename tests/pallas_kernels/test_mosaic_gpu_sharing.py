@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,17 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import EngineConfig
-from jaxserve.errors import ConfigError
-from jaxserve.models.loading import open_source
 from jaxserve.pallas_kernels.paged_attention import reference
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeConfig, decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import DecodePlan, plan_decode
-from jaxserve.sharding import make_mesh
-from jaxserve.startup import plan_build
 from tests.pallas_kernels.gpu_interpreter import interpreted
 from tests.pallas_kernels.paged_cases import Shape, paged_case
-from tests.tpu.steps import write_config
 
 ROWS, PAGES, PAGE, SPLIT, SEATS = 8, 20, 32, 64, 3
 LENGTH = PAGES * PAGE
@@ -88,12 +81,6 @@ def test_nothing_is_shared_under_a_window() -> None:
     tables = np.tile(np.arange(PAGES), (ROWS, 1))
     assert all(len(rows) == 1 for _, rows in items_of(tables, [LENGTH] * ROWS, ROWS, window=300))
     assert any(len(rows) > 1 for _, rows in items_of(tables, [LENGTH] * ROWS, ROWS))
-
-
-def test_other_devices_refuse_the_option(tmp_path: Path) -> None:
-    options = {"model": write_config(tmp_path), "load_format": "dummy", "share_page_reads": True}
-    with pytest.raises(ConfigError, match="share-page-reads runs on an H100 or H200"):
-        plan_build(EngineConfig.from_options(**options), open_source(options["model"], "dummy"), make_mesh(1))
 
 
 @pytest.mark.extra
