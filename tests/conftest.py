@@ -24,7 +24,8 @@ _CACHE = Path(tempfile.gettempdir()) / f"jaxserve-tests-{os.getuid()}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE / "xla")
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit jax locks the folder, so workers can share it
+# With a limit jax locks the folder, so workers can share it. A small one, as each entry that is added looks at all of them.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**26)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XDG_CACHE_HOME"] = str(_CACHE)  # keeps servers that tests start out of the user's own cache
 os.environ["HF_HUB_OFFLINE"] = "1"
