@@ -47,6 +47,7 @@ def held_after_steps(engine: Engine) -> tuple[np.ndarray, list[RequestOutput]]:
     return np.array(held), outputs
 
 
+@pytest.mark.slow
 def test_each_group_holds_what_it_reads() -> None:
     engine, prompt = hybrid(), random_prompts(1, [20])[0]
     engine.add_request(prompt, greedy(220))

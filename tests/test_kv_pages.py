@@ -87,6 +87,7 @@ ACTIONS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reaches",
     [

@@ -92,6 +92,7 @@ MIXERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_kind_of_layer_takes_quantised_weights(name: str, tmp_path: Path) -> None:
     """What is quantised is read by `linear` alone."""

@@ -19,6 +19,7 @@ RARE: list[dict] = [
 ALIKE: list[tuple[list[int], list[int]]] = [([1, 1, 1], [0, 5, 300]), ([70, 3], [0, 129]), ([1], [0]), ([130], [63])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size, options", [(n, o) for n in (16, 64) for o in OPTIONS] + [(16, o) for o in RARE])
 @pytest.mark.parametrize(
     "query_lens, prefixes",

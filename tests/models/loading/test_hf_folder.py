@@ -165,6 +165,7 @@ def test_generation_config(files: dict[str, Any], wanted: dict[str, Any], tmp_pa
     assert open_source(str(tmp_path)).generation_config == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, model_type, case",
     [
