@@ -288,14 +288,7 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
     _check_collectives(config, mesh, platform)
-    runtime = Runtime(
-        platform,
-        mesh,
-        attention,
-        layout,
-        config.cache.share_page_reads,
-        config.compile.collectives_in_graph,
-    )
+    runtime = Runtime(platform, mesh, attention, layout, config.cache.share_page_reads, config.compile.collectives_in_graph)
     return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
 
 

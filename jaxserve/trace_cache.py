@@ -1,6 +1,6 @@
 """Traced programs, kept as StableHLO beside the compile cache: a second start on an accelerator traces nothing.
 
-Tracing is most of a second start: 16 s for Qwen3-0.6B's 25 programs, the compiled ones being at hand. An entry is found by the
+Tracing is most of a second start: 16 s for Qwen3-0.6B's programs, the compiled ones being at hand. An entry is found by the
 source code of this package, jax's version and settings, the program's arguments and whatever else its maker names.
 """
 
