@@ -16,13 +16,15 @@ from jaxtyping import Array, Float
 from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
+from jaxserve.models.layers.attention import Attention
 from jaxserve.models.layers.layer_inputs import LayerInput, LayerInputs
 from jaxserve.models.layers.linear import OutputsFirst, linear, parameter, value, weight
 from jaxserve.models.layers.mixer import make_mixer
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.moe import Moe
-from jaxserve.models.layers.norms import Norm, apply_norm
+from jaxserve.models.layers.norms import Norm, apply_norm, apply_norm_for
 from jaxserve.models.layers.positions import sinusoids
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotation
 from jaxserve.models.layers.rwkv import ChannelMix
 from jaxserve.models.layers.shared_block import SharedBlock, SharedUse
@@ -111,7 +113,8 @@ class DecoderLayer(nnx.Module):
                 mixed_in, caches = x + added, caches[1:]
             count = len(caches) - len(self._mlp_cache_specs())
             normed = apply_norm(self.mixer_norm, mixed_in)
-            mixed, mixer_caches = self.mixer(normed, caches[:count], batch, rotation, runtime)
+            mixer_in = apply_norm_for(_readers(self.mixer), self.mixer_norm, mixed_in, normed)
+            mixed, mixer_caches = self.mixer(mixer_in, caches[:count], batch, rotation, runtime)
             new_caches, caches = new_caches + mixer_caches, caches[count:]
             x = self._residual(x, normed, self.mixer_shares)
             x = self._add(x, mixed * self.mixer_shares.added, self.mixer_out_norm, self.mixer_gain)
@@ -122,7 +125,7 @@ class DecoderLayer(nnx.Module):
             if isinstance(self.mlp, ChannelMix):
                 change, caches = self.mlp(normed, caches, batch)
             else:
-                change = self._mlp(normed, batch, runtime)
+                change = self._mlp(apply_norm_for(_readers(self.mlp), self.mlp_norm, x, normed), batch, runtime)
             x = self._residual(x, normed, self.mlp_shares)
             x = self._add(x, change * self.mlp_shares.added, self.mlp_out_norm, self.mlp_gain)
             if self.shortcut is not None:
@@ -151,9 +154,12 @@ class DecoderLayer(nnx.Module):
         mlp_in = normed if self.mlp_norm is None else self.mlp_norm(x)
         return x + (mixed + self._mlp(mlp_in, batch, runtime)) * self.spec.residual_multiplier, caches
 
-    def _mlp(self, x: Array, batch: StepBatch, runtime: Runtime) -> Array:
+    def _mlp(self, x: Array | Fp8Rows, batch: StepBatch, runtime: Runtime) -> Array:
         assert self.mlp is not None and not isinstance(self.mlp, ChannelMix)
-        return self.mlp(x, batch, runtime) if isinstance(self.mlp, Moe) else self.mlp(x)
+        if isinstance(self.mlp, Moe):
+            assert not isinstance(x, Fp8Rows)
+            return self.mlp(x, batch, runtime)
+        return self.mlp(x)
 
     def _add(self, x: Array, change: Array, out_norm: Norm | None, gain: nnx.Param[Array] | None) -> Array:
         if gain is not None:
@@ -164,6 +170,11 @@ class DecoderLayer(nnx.Module):
         if self.spec.residual_multiplier != 1.0:
             change *= self.spec.residual_multiplier
         return out_norm(x + change) if out_norm is not None and is_after else x + change
+
+
+def _readers(block: Any) -> tuple[Array | Fp8Weight, ...]:
+    """All weights that read a block's input, where nothing else does."""
+    return block.readers() if type(block) in (Attention, Mlp) else ()
 
 
 def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec | ChannelMixSpec, dtype: DTypeLike) -> Mlp | Moe | ChannelMix:

@@ -20,6 +20,7 @@ from jaxserve.models.interface import AnyCacheSpec, LogicalAxes, Runtime, StepBa
 from jaxserve.models.layers.linear import OutputsFirst
 from jaxserve.models.layers.quantized import FP8, Fp8Weight, fp8_layout
 from jaxserve.models.spec import DecoderSpec
+from jaxserve.pallas_kernels.paged_attention import Implementation
 
 Quantization = Literal["fp8"]
 Form = Literal["plain", "outputs_first", "fp8", "fp8_static"]
@@ -80,11 +81,15 @@ class Parameter:
         dtypes = (FP8, jnp.float32, jnp.float32)
         return tuple((jax.ShapeDtypeStruct(s, d), a) for (s, a), d, _ in zip(layout, dtypes, self.parts, strict=False))
 
-    def value(self, arrays: Iterator[Array]) -> Array | Fp8Weight | OutputsFirst:
-        """What the module holds, from the next of these."""
+    def value(self, arrays: Iterator[Array], rounding: Implementation) -> Array | Fp8Weight | OutputsFirst:
+        """What the module holds, from the next of these.
+
+        Args:
+            rounding: the back end that rounds what meets a quantised one.
+        """
         own = [next(arrays) for _ in self.parts]
         if self.is_quantized:
-            return Fp8Weight(*own)
+            return Fp8Weight(own[0], own[1], own[2] if len(own) > 2 else None, rounding)
         return OutputsFirst(own[0]) if self.form == "outputs_first" else own[0]
 
 
@@ -134,7 +139,7 @@ class ModelDescription:
     ) -> tuple[Float[Array, "S V"], tuple[Array, ...]]:
         """Decoder.__call__ as a pure function of the weights, to be traced: the module exists at trace time only."""
         arrays = iter(weights)
-        values = [parameter.value(arrays) for parameter in self.parameters]
+        values = [parameter.value(arrays, runtime.rounding) for parameter in self.parameters]
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, values))
         logits, new_caches = model(batch, caches, runtime)
         return logits, new_caches

@@ -124,6 +124,11 @@ class Runtime:
     shares_pages: bool = False
     collectives_in_graph: bool = False
 
+    @property
+    def rounding(self) -> kernels.Implementation:
+        """What rounds activations to 8 bits. Several devices have parts of a row each, of which the kernel knows nothing."""
+        return "xla" if self.mesh is not None and self.mesh.size > 1 else self.attention
+
     def attend(
         self,
         q: Float[Array, "T N H"],

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import AnyCacheSpec, CacheKind, CacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotate
 from jaxserve.models.spec import AttentionSpec, TemperatureSpec
 
@@ -48,7 +49,12 @@ class Attention(nnx.Module):
         self.v_norm = Norm(spec.head_dim, spec.v_norm, dtype, (None,)) if spec.v_norm else None
 
     def __call__(
-        self, x: Float[Array, "T D"], caches: tuple[Array, ...], batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+        self,
+        x: Float[Array, "T D"] | Fp8Rows,
+        caches: tuple[Array, ...],
+        batch: StepBatch,
+        rotation: Rotation | None,
+        runtime: Runtime,
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's keys and values."""
         (kv_pages,) = caches
@@ -61,6 +67,10 @@ class Attention(nnx.Module):
             mixed = self.out_norm(mixed)
         return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)
 
+    def readers(self) -> tuple[Array | Fp8Weight, ...]:
+        """The weights that x meets."""
+        return tuple(w.get_value() for w in (self.qkv, self.gate) if w is not None)
+
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layer keeps: pages of keys and values."""
         return (self._cache_spec(),)
@@ -71,12 +81,14 @@ class Attention(nnx.Module):
         return CacheSpec(kind, spec.array_kv_heads, spec.head_dim, spec.window or spec.chunk)
 
     def _read(
-        self, x: Float[Array, "T D"], kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+        self, x: Float[Array, "T D"] | Fp8Rows, kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T N H"], Array]:
         """What each head reads, and the pages."""
         return self._mix(*self._project(x, batch, rotation), kv_pages, batch, runtime)
 
-    def _project(self, x: Float[Array, "T D"], batch: StepBatch, rotation: Rotation | None) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, rotation: Rotation | None
+    ) -> tuple[Array, Array, Array]:
         """q [T, N, H], k and v [T, K, H]."""
         spec = self.spec
         qkv = linear(x, self.qkv.get_value(), value(self.qkv_bias))  # [T, K, G + 2, H]

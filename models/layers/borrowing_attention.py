@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.attention import Attention, qk_norm
 from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.layers.quantized import Fp8Rows
 from jaxserve.models.layers.rope import Rotation, rotate
 from jaxserve.models.spec import BorrowingAttentionSpec
 
@@ -29,7 +30,7 @@ class BorrowingAttention(Attention):
         self.q_norm = qk_norm(spec, spec.num_heads, "heads", dtype)
 
     def _read(
-        self, x: Float[Array, "T D"], kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
+        self, x: Float[Array, "T D"] | Fp8Rows, kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T N H"], Array]:
         spec = self.spec
         q = linear(x, self.q.get_value(), value(self.q_bias)).reshape(-1, spec.num_heads, spec.head_dim)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import LogicalAxes
-from jaxserve.models.layers.quantized import Fp8Weight, linear_fp8
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, linear_fp8
 
 MANY_ROWS = 256  # from which on a CPU's products with the weight on the right are the quicker ones
 
@@ -64,7 +64,7 @@ def value(param: nnx.Param[jax.Array] | None) -> jax.Array | None:
 
 
 def linear(
-    x: Float[Array, "T ..."],
+    x: Float[Array, "T ..."] | Fp8Rows,
     w: Float[Array, ...] | Fp8Weight | OutputsFirst,
     bias: Float[Array, ...] | None = None,
     *,
@@ -75,6 +75,7 @@ def linear(
     """x times w, plus bias: the last `contract` axes of x meet the first of w, and w's other axes follow T in the result.
 
     Args:
+        x: rounded already only where w is an Fp8Weight without an input_scale.
         transpose: x meets the last axes of w instead: for a tied embedding table [V, D].
         out_dtype: of the result; x's if not given. The products are summed in float32 in any case.
     """
@@ -82,9 +83,12 @@ def linear(
     return y if bias is None else y + bias
 
 
-def _product(x: Array, w: Array | Fp8Weight | OutputsFirst, contract: int, transpose: bool, out_dtype: DTypeLike) -> Array:
+def _product(
+    x: Array | Fp8Rows, w: Array | Fp8Weight | OutputsFirst, contract: int, transpose: bool, out_dtype: DTypeLike
+) -> Array:
     if isinstance(w, Fp8Weight):
         return linear_fp8(x, w, contract, out_dtype)
+    assert not isinstance(x, Fp8Rows)
     if isinstance(w, OutputsFirst):
         return _linear_outputs_first(x, w.values, contract, out_dtype)
     x_axes = tuple(range(x.ndim - contract, x.ndim))

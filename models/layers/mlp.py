@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, gated_fp8, have_kernels
 from jaxserve.models.spec import Activation, MlpSpec
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -24,6 +25,7 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+IN_KERNELS = ("silu", "gelu_tanh", "gelu_quick")  # what Mosaic can compile
 
 
 def activate(spec: MlpSpec, up: Float[Array, "T parts F"], xielu: Float[Array, " 4"] | None = None) -> Float[Array, "T F"]:
@@ -77,10 +79,19 @@ class Mlp(nnx.Module):
         self.down = weight((spec.dim, d_model), ("ffn", "embed"), dtype)
         self.down_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        up = linear(x, self.up.get_value(), value(self.up_bias))  # [T, 2 or 1, F]
-        hidden = activate(self.spec, up, value(self.xielu))
-        if self.hidden_norm is not None:
-            hidden = self.hidden_norm(hidden)
-        out = linear(hidden, self.down.get_value(), value(self.down_bias))
+    def __call__(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T D"]:
+        out = linear(self._hidden(x), self.down.get_value(), value(self.down_bias))
         return out if self.spec.out_multiplier == 1.0 else out * self.spec.out_multiplier
+
+    def readers(self) -> tuple[Array | Fp8Weight, ...]:
+        """The weights that x meets."""
+        return (self.up.get_value(),)
+
+    def _hidden(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T F"] | Fp8Rows:
+        spec, weights = self.spec, (self.up.get_value(), self.down.get_value())
+        is_plain = spec.gated and not (spec.bias or spec.clamped or spec.sparsity or spec.hidden_norm)
+        if is_plain and spec.activation in IN_KERNELS and spec.gate_multiplier == 1.0 and have_kernels(weights):
+            return gated_fp8(x, weights[0], ACTIVATIONS[spec.activation])
+        up = linear(x, weights[0], value(self.up_bias))  # [T, 2 or 1, F]
+        hidden = activate(spec, up, value(self.xielu))
+        return hidden if self.hidden_norm is None else self.hidden_norm(hidden)

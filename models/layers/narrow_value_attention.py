@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.models.layers.attention import Attention, qk_norm
 from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.layers.quantized import Fp8Rows
 from jaxserve.models.layers.rope import Rotation
 from jaxserve.models.spec import NarrowValueAttentionSpec
 
@@ -35,7 +36,9 @@ class NarrowValueAttention(Attention):
         self.q_norm = qk_norm(spec, spec.num_heads, "heads", dtype)
         self.k_norm = qk_norm(spec, kv_heads, "kv_heads", dtype)
 
-    def _project(self, x: Float[Array, "T D"], batch: StepBatch, rotation: Rotation | None) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, rotation: Rotation | None
+    ) -> tuple[Array, Array, Array]:
         spec = self.spec
         q = linear(x, self.q.get_value(), value(self.q_bias)).reshape(-1, spec.num_heads, spec.head_dim)
         k = linear(x, self.k.get_value(), value(self.k_bias))

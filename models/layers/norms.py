@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.interface import LogicalAxes
 from jaxserve.models.layers.linear import parameter, value
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, have_kernels
 from jaxserve.models.spec import NormSpec
+from jaxserve.pallas_kernels import quantized_rows
 
 
 class Norm(nnx.Module):
@@ -41,6 +45,15 @@ class Norm(nnx.Module):
         squares = jnp.square(x.astype(jnp.float32))
         return jax.lax.rsqrt(jnp.mean(squares, axis=tuple(range(-self.num_axes, 0)), keepdims=True) + self.spec.eps)
 
+    def rounded(self, x: Float[Array, "T D"], readers: Sequence[Array | Fp8Weight]) -> Fp8Rows | None:
+        """The same in 8 bits, in one kernel: where there is one, and all weights that read it take such rows."""
+        gain = value(self.weight)
+        if gain is None or self.bias is not None or self.spec.kind != "rms" or not (readers and have_kernels(readers)):
+            return None
+        offset = 1.0 if self.spec.unit_offset else 0.0
+        rows = quantized_rows.quantize_normed(x, gain, eps=self.spec.eps, offset=offset, implementation=readers[0].rounding)
+        return Fp8Rows(*rows, dtype=x.dtype)
+
     def gained(self, y: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """The gain and the bias of each dimension applied to normalised rows."""
         gain, bias = value(self.weight), value(self.bias)
@@ -52,3 +65,11 @@ class Norm(nnx.Module):
 def apply_norm(norm: Norm | None, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     """x normalised, where there is a norm."""
     return x if norm is None else norm(x)
+
+
+def apply_norm_for(
+    readers: Sequence[Array | Fp8Weight], norm: Norm | None, x: Float[Array, "T D"], normed: Float[Array, "T D"]
+) -> Float[Array, "T D"] | Fp8Rows:
+    """What some weights read, all of which take it rounded or none: `normed`, which is x normalised, or that in 8 bits."""
+    rounded = None if norm is None else norm.rounded(x, readers)
+    return normed if rounded is None else rounded

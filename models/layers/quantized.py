@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import LogicalAxes
+from jaxserve.pallas_kernels import quantized_rows
+from jaxserve.pallas_kernels.paged_attention import Implementation
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0  # largest e4m3 number
@@ -25,11 +28,34 @@ class Fp8Weight:
         values: [*batch, *out, *in], the inputs last: the GPU's 8-bit matrix products read both sides along the contracted axis.
         scales: [*batch, *out] in float32; the weight is values * scales.
         input_scale: [], what activations are divided by before they are rounded; each token has its own where this is None.
+        rounding: the back end that rounds the activations, where each token has its own scale.
     """
 
     values: Float[Array, ...]
     scales: Float[Array, ...]
     input_scale: Float[Array, ""] | None = None
+    rounding: Implementation = field(default="xla", metadata={"static": True})
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel rounds what meets this weight, and may do so together with what comes before."""
+        return self.rounding == "mosaic_gpu" and self.input_scale is None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fp8Rows:
+    """Activations in e4m3, with a scale for each token: rounded before they come to `linear`.
+
+    Attributes:
+        values: [T, *in].
+        scales: [T] in float32.
+        dtype: of the activations that they stand for.
+    """
+
+    values: Float[Array, "T ..."]
+    scales: Float[Array, " T"]
+    dtype: DTypeLike = field(metadata={"static": True})
 
 
 def fp8_layout(
@@ -58,22 +84,45 @@ def quantize_fp8(w: Float[Array, ...], contract: int, batch: int = 0) -> Fp8Weig
     return Fp8Weight((w / scales).astype(FP8), scales.reshape(w.shape[: w.ndim - contract]))
 
 
-def linear_fp8(x: Float[Array, "T ..."], w: Fp8Weight, contract: int, out_dtype: DTypeLike) -> Float[Array, "T ..."]:
+def linear_fp8(x: Float[Array, "T ..."] | Fp8Rows, w: Fp8Weight, contract: int, out_dtype: DTypeLike) -> Float[Array, "T ..."]:
     """x times w, the activations rounded to e4m3 with a scale for each token (as vLLM's dynamic per-token fp8) or w's own."""
-    x_axes = tuple(range(x.ndim - contract, x.ndim))
-    w_axes = tuple(range(w.values.ndim - contract, w.values.ndim))
+    rounded, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else _rounded(x, w, contract)
+    x_scales = x_scales.reshape(x_scales.shape[: rounded.ndim - contract] + (1,) * w.scales.ndim)
+    return (_multiply(rounded, w, x.dtype).astype(jnp.float32) * x_scales * w.scales).astype(out_dtype)
+
+
+def gated_fp8(x: Float[Array, "T D"] | Fp8Rows, up: Fp8Weight, activation: Callable[[Array], Array]) -> Fp8Rows:
+    """activation(gate) * linear of x's products with `up` [D, 2, F], rounded for the next product without having been stored."""
+    rounded, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else _rounded(x, up, 1)
+    y = _multiply(rounded, up, x.dtype)
+    hidden = quantized_rows.quantize_gated(y, x_scales.reshape(-1), up.scales, activation, up.rounding)
+    return Fp8Rows(*hidden, dtype=x.dtype)
+
+
+def have_kernels(weights: Sequence[Any]) -> TypeGuard[Sequence[Fp8Weight]]:
+    """Whether all of some weights are of 8 bits and have a kernel that rounds what meets them."""
+    return all(isinstance(w, Fp8Weight) and w.has_kernel for w in weights)
+
+
+def _rounded(x: Float[Array, "T ..."], w: Fp8Weight, contract: int) -> tuple[Array, Array]:
+    """x in e4m3, and its scales: [T, 1, ...], or w's own."""
     wide = x.astype(jnp.float32)
-    if w.input_scale is None:
-        x_scales = _scale(wide, x_axes)
-        rounded = (wide / x_scales).astype(FP8)
-        x_scales = x_scales.reshape(x.shape[: x.ndim - contract] + (1,) * w.scales.ndim)
-    else:
-        x_scales = w.input_scale
-        rounded = jnp.clip(wide / x_scales, -FP8_MAX, FP8_MAX).astype(FP8)
-    multiply = partial(jax.lax.dot_general, dimension_numbers=((x_axes, w_axes), ((), ())))
+    if w.input_scale is not None:
+        return jnp.clip(wide / w.input_scale, -FP8_MAX, FP8_MAX).astype(FP8), w.input_scale
+    if w.has_kernel and x.ndim == contract + 1:
+        values, scales = quantized_rows.quantize(x.reshape(x.shape[0], -1), w.rounding)
+        return values.reshape(x.shape), scales
+    scales = _scale(wide, tuple(range(x.ndim - contract, x.ndim)))
+    return (wide / scales).astype(FP8), scales
+
+
+def _multiply(x: Float[Array, "T ..."], w: Fp8Weight, dtype: DTypeLike) -> Float[Array, "T ..."]:
+    """e4m3 times e4m3, without scales, for activations of a type."""
+    contract = w.values.ndim - w.scales.ndim
+    axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(w.scales.ndim, w.values.ndim))
     # A GPU's 8-bit product gives bfloat16, its sums being float32; the scales are applied in float32.
-    y = multiply(rounded, w.values, preferred_element_type=jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32)
-    return (y.astype(jnp.float32) * x_scales * w.scales).astype(out_dtype)
+    wanted = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    return jax.lax.dot_general(x, w.values, (axes, ((), ())), preferred_element_type=wanted)
 
 
 def dequantized(w: Float[Array, ...] | Fp8Weight, input_axis: int, dtype: DTypeLike) -> Float[Array, ...]:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.kernels.compile import VARIANTS, build
+from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
+from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
 from jaxserve.tpu.target import open_target
 from tests.tpu.steps import compile_step, count_collectives, plan, write_config
 
@@ -57,6 +60,30 @@ def test_no_kernel_spills(name: str, kind: str, capfd: pytest.CaptureFixture[str
     if max(found) and name in KNOWN:
         pytest.xfail(f"known to spill; now {max(found)} bytes")
     assert max(found) == 0
+
+
+@pytest.mark.parametrize("num_rows", [64, 8192])
+@pytest.mark.parametrize("width", [256, 4096, 8960, 11008, 14336, 18944, 28672])
+def test_rounding_spills_nothing(width: int, num_rows: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+    rows, gain = array((num_rows, width)), array((width,))
+    gated = array((num_rows, 2, width)), array((num_rows,), jnp.float32), array((2, width), jnp.float32)
+    jax.jit(quantized_rows.quantize).lower(rows).compile()
+    jax.jit(partial(quantized_rows.quantize_normed, eps=1e-5, offset=0.0)).lower(rows, gain).compile()
+    for activation in IN_KERNELS if width == 14336 else ["silu"]:
+        jax.jit(partial(quantized_rows.quantize_gated, activation=ACTIVATIONS[activation])).lower(*gated).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert len(found) > 2 and max(found) == 0
+
+
+def test_kernels_round_whatever_an_fp8_step_rounds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = plan(write_config(tmp_path, num_hidden_layers=2), TARGET, quantization="fp8")
+    text = compile_step(model, "decode 64").as_text()
+    assert max(spilled("".join(capfd.readouterr()))) == 0
+    assert not re.search(r"= f8e4m3fn\[[\d,]*\]\S* fusion\(", text)
+    assert text.count('"mosaic_gpu_v2"') == 2 * 6, "page write, attention, two norms, attention's output and the activation"
 
 
 @pytest.mark.parametrize("program", ["decode 16", "decode 256", "forward 512"])

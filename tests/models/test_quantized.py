@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,12 @@ from jaxserve.models.interface import Runtime, StateSpec
 from jaxserve.models.layers.linear import linear
 from jaxserve.models.layers.quantized import FP8, Fp8Weight, quantize_fp8
 from jaxserve.models.loading import describe_model, load_weights, open_source
+from jaxserve.pallas_kernels.quantized_rows import api
 from jaxserve.plan import PlanShape
 from jaxserve.runner import abstract_state
 from jaxserve.sharding import Shardings, make_mesh
 from tests.goldens import cases
-from tests.models.forward import forward, one_device
+from tests.models.forward import forward, logit_error, one_device
 
 
 def rounded(x: np.ndarray, axis: int) -> np.ndarray:
@@ -69,6 +72,25 @@ def test_logits_stay_near_those_of_the_float32_weights(checkpoint: Path) -> None
         logits.append(forward(model, weights, tokens))
     error = np.sqrt(np.mean((logits[1] - logits[0]) ** 2)) / logits[0].std()
     assert 1e-3 < error < 0.3, "e4m3 has 3 bits: neither exact nor far off"
+
+
+def test_what_is_rounded_together_with_what_makes_it_gives_the_same_logits(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, gated activations and attention's outputs as a GPU's kernels round them: here the reference does, in float32."""
+    source, calls = open_source(str(checkpoint)), Counter[str]()
+    model = describe_model(source, dtype=jnp.float32, quantization="fp8")
+    weights, tokens = load_weights(source, model, sharding_for=one_device), np.arange(24)[None]
+    plain = forward(model, weights, tokens)
+
+    def counted(name: str, *args: Any, f: Any = api._run, **options: Any) -> Any:
+        calls[name] += 1
+        return f(name, *args, **options)
+
+    monkeypatch.setattr(api, "_run", counted)
+    monkeypatch.setattr(Runtime, "rounding", "mosaic_gpu")
+    assert logit_error(forward(model, weights, tokens), plain) < 1e-3
+    assert calls == {"quantize": 1, "quantize_gated": 1, "quantize_normed": 2}, "of the one layer that is traced"
 
 
 def test_matmuls_of_the_layers_are_quantised_and_nothing_else(checkpoint: Path) -> None:
