@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.kernels.attention_checks import BF16, E4M3, check_cases
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_latent
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import plan_decode, plan_prefill
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
@@ -146,6 +147,42 @@ def time_prefill(name: str, chunks: list[tuple[int, int]], *, n: int = 32, k: in
     return {"case": name, "us": seconds * 1e6, "device_us": device, "tflops": flops / device / 1e6, "plan_us": plan}
 
 
+def time_latent(name: str, chunks: list[tuple[int, int]], *, n: int = 16, layers: int = 4, copy: float = 1.0) -> dict[str, Any]:
+    """DeepSeek's latents: rows of 576, of which 512 are the value. chunks: new tokens and those before of each row."""
+    rows, tokens, lens = len(chunks), sum(c[0] for c in chunks), [c[0] + c[1] for c in chunks]
+    width = -(-max(lens) // 16)
+    pages = max(2**31 // (16 * 1152), rows * width)
+    pool = jax.jit(lambda key: jax.random.normal(key, (pages, 16, 1, 576), BF16))(jax.random.key(1))
+    tables = layer_tables(layers, rows, width, pages)
+    starts = jnp.asarray(np.concatenate([[0], np.cumsum([c[0] for c in chunks])]), jnp.int32)
+    is_decode = tokens == rows
+
+    def steps(q: jax.Array, pool: jax.Array, tables: list[jax.Array], starts: jax.Array, lens: jax.Array) -> jax.Array:
+        attend = functools.partial(mosaic_gpu_latent.paged_attention, scale=0.07, value_dim=512, decode_only=is_decode)
+        for table in tables:
+            out = attend(q, pool, table, starts, lens, jnp.int32(rows if is_decode else 0))
+            q = jnp.concatenate([out, q[..., 512:]], axis=-1)
+        return q
+
+    q = jax.random.normal(jax.random.key(0), (tokens, n, 576)).astype(BF16)
+    f, args = jax.jit(steps), (q, pool, tables, starts, jnp.asarray(lens, jnp.int32))
+    seconds = wall(f, args, 5) / layers
+    device, rest = device_us(f, args, "latent_decode" if is_decode else "latent_prefill")
+    num_bytes, flops = sum(lens) * 1152, sum(2 * n * 1088 * (new * before + new * (new + 1) // 2) for new, before in chunks)
+    return {
+        "case": name, "us": seconds * 1e6, "device_us": device, "gbps": num_bytes / device / 1e3,
+        "of_copy": num_bytes / device * 1e6 / copy, "tflops": flops / device / 1e6, "rest_us": rest,
+    }  # fmt: skip
+
+
+def latent_times(copy: float) -> list[Callable[[], dict[str, Any]]]:
+    cases = [(1, 256), (1, 8192), (16, 1024), (64, 256), (64, 4096), (256, 256), (256, 1024)]
+    out = [(f"latent 16 heads B {b} x {length}", [(1, length - 1)] * b, 16) for b, length in cases]
+    out += [(f"latent 128 heads B {b} x 4096", [(1, 4095)] * b, 128) for b in (1, 64)]
+    out += [("latent prefill 2 x 4096", [(4096, 0)] * 2, 16), ("latent prefill 512 after 7680", [(512, 7680)], 16)]
+    return [functools.partial(time_latent, name, chunks, n=n, copy=copy) for name, chunks, n in out]
+
+
 def decode_times(copy: float) -> list[Callable[[], dict[str, Any]]]:
     out = []
 
@@ -228,7 +265,7 @@ def attempt(f: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    sections = {"decode": decode_times, "prefill": prefill_times, "split": split_times}
+    sections = {"decode": decode_times, "prefill": prefill_times, "split": split_times, "latent": latent_times}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=["checks", *sections])
     parser.add_argument("--match", default="", help="only cases whose name has a match of this pattern")

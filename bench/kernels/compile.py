@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_latent
 from jaxserve.tpu.target import open_target
 
 E4M3 = jnp.float8_e4m3fn
@@ -43,6 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "e4m3": {"dtype": E4M3},
     "e4m3 h64": {"n": 16, "h": 64, "dtype": E4M3},
     "e4m3 h256": {"n": 16, "h": 256, "dtype": E4M3},
+    "latent": {"n": 16, "h": 576, "value_dim": 512},
+    "latent 20 heads": {"n": 20, "h": 576, "value_dim": 512},
+    "latent 128 heads": {"n": 128, "h": 576, "value_dim": 512},
 }
 
 
@@ -51,10 +54,12 @@ def build(sharding: Any, *, decode_only: bool, b: int = 64, n: int = 32, k: int 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    args = [array((b if decode_only else 512, n, h), jnp.bfloat16), array((4096, page, 2 * k, h), dtype)]
+    is_latent = "value_dim" in options
+    args = [array((b if decode_only else 512, n, h), jnp.bfloat16), array((4096, page, 1 if is_latent else 2 * k, h), dtype)]
     args += [array((b, 4096 // page)), array((b + 1,)), array((b,)), array(())]
     args += [array((n,), jnp.float32)] if sinks else []
-    f = functools.partial(mosaic_gpu.paged_attention, scale=h**-0.5, decode_only=decode_only, **options)
+    attend = mosaic_gpu_latent.paged_attention if is_latent else mosaic_gpu.paged_attention
+    f = functools.partial(attend, scale=h**-0.5, decode_only=decode_only, **options)
     jax.jit(f).lower(*args).compile()
 
 

@@ -167,13 +167,21 @@ def paged_attention(
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, write_slots, implementation)
     if implementation == "mosaic_gpu":
-        from jaxserve.pallas_kernels.paged_attention import mosaic_gpu
+        from jaxserve.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_latent
 
         try:
-            if alibi is not None or chunk is not None or value_dim is not None:
-                raise NotImplementedError("no kernel has ALiBi, chunks or latent rows")
             decode_only = q.shape[0] == page_tables.shape[0]
-            out: Array = mosaic_gpu.paged_attention(
+            if alibi is not None or chunk is not None:
+                raise NotImplementedError("no kernel has ALiBi or chunks")
+            out: Array
+            if value_dim is not None:
+                if window is not None or softcap is not None or sinks is not None:
+                    raise NotImplementedError("the kernel for latent rows has no window, softcap or sinks")
+                out = mosaic_gpu_latent.paged_attention(
+                    q, kv_pages, *rows[:4], scale=scale, value_dim=value_dim, decode_only=decode_only
+                )
+                return out, kv_pages
+            out = mosaic_gpu.paged_attention(
                 q,
                 kv_pages,
                 *rows,

@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_decode, mosaic_gpu_prefill
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_decode, mosaic_gpu_latent_kernel, mosaic_gpu_prefill
 
 _wgmma = plgpu.wgmma
 
@@ -32,6 +32,8 @@ def interpreted() -> Iterator[None]:
         patch.setattr(mosaic_gpu_prefill, "store_rows", store_rows)
         for function in DECODE:
             patch.setattr(mosaic_gpu_decode, function.__name__, function)
+        for function in LATENT:
+            patch.setattr(mosaic_gpu_latent_kernel, function.__name__, function)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         assert not gpu_callbacks.get_races().races_found
@@ -75,7 +77,8 @@ def store_rows(acc: jax.Array, out: Any, base: jax.Array, first: jax.Array, coun
     acc = acc.astype(out.dtype)
 
     def put(row: jax.Array) -> None:
-        out[_place(out, base + stride * (row - first))] = acc[row]
+        element = base + stride * (row - first)
+        out[(*_place(out, element), pl.ds(lax.rem(element, out.shape[-1]), acc.shape[1]))] = acc[row]
 
     _each(first, first + count, put)
 
@@ -105,6 +108,31 @@ def merge_partials(
     merged = (total / weights[:, None]).astype(out.dtype)
     for row in range(rows):
         out[_place(out, base + row * parts.shape[-1])] = merged[row]
+    counters[index] = jnp.int32(0)
+
+
+def mask_columns(x: jax.Array, first: jax.Array, most: jax.Array, *, rows: int) -> jax.Array:
+    bound = jnp.minimum(first + jnp.arange(x.shape[0]) // rows, most)
+    return jnp.where(jnp.arange(x.shape[1]) < bound[:, None], x, -jnp.inf)
+
+
+def merge_columns(
+    parts: Any, lse: Any, counters: Any, out: Any, first: jax.Array, count: jax.Array, index: jax.Array, base: jax.Array,
+    half: jax.Array, *, rows: int, stride: int,
+) -> None:  # fmt: skip
+    dim = parts.shape[-1]
+    width = dim // 2
+    columns = pl.ds(half * width, width)
+
+    def add(s: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        slot = first + s * stride
+        weights = jnp.exp2(lse[slot, half])
+        return sums[0] + weights[:, None] * parts[slot, :, columns], sums[1] + weights
+
+    total, weights = lax.fori_loop(0, count, add, (jnp.zeros((rows, width)), jnp.zeros(rows)))
+    merged = (total / weights[:, None]).astype(out.dtype)
+    for row in range(rows):
+        out[(*_place(out, base - half * width + row * dim), columns)] = merged[row]
     counters[index] = jnp.int32(0)
 
 
@@ -158,3 +186,4 @@ DECODE = [
     store_tile_row_values,
     arrive_for_rows,
 ]
+LATENT = [store_rows, store_row_values, arrive, mask_columns, merge_columns]
