@@ -129,6 +129,30 @@ class Runtime:
         """What rounds activations to 8 bits. Several devices have parts of a row each, of which the kernel knows nothing."""
         return "xla" if self.mesh is not None and self.mesh.size > 1 else self.attention
 
+    @property
+    def rotates_and_writes(self) -> bool:
+        """Whether a kernel does both at once, for which the layer keeps q, k and v as one."""
+        return self.attention == "mosaic_gpu"
+
+    def rotate_and_write(
+        self,
+        qkv: Float[Array, "T K G+2 H"],
+        rotation: tuple[Array, Array],
+        kv_pages: Float[Array, "pages ..."],
+        batch: StepBatch,
+        scales: tuple[Array | None, Array | None] = (None, None),
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "pages ..."]]:
+        """Gives the rotated queries, and the pages with the rotated keys and the values; see the kernel's api.
+
+        Args:
+            scales: what the rows of qkv, and its columns, are yet to be multiplied by.
+        """
+        f = partial(kernels.rotate_and_write, implementation=self.attention)
+        heads, pool = P(None, MODEL_AXIS), pages_partition(self.attention)
+        specs = (heads, P(), P(), pool, P(), P(), P(MODEL_AXIS))
+        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(qkv, *rotation, kv_pages, batch.write_slots, *scales)
+        return result
+
     def attend(
         self,
         q: Float[Array, "T N H"],

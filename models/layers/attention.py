@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, CacheKind, CacheSpec, Runtime, StepBatch
-from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.layers.linear import linear, linear_unscaled, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotate
@@ -84,7 +84,19 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"] | Fp8Rows, kv_pages: Array, batch: StepBatch, rotation: Rotation | None, runtime: Runtime
     ) -> tuple[Float[Array, "T N H"], Array]:
         """What each head reads, and the pages."""
+        if rotation is not None and runtime.rotates_and_writes and self._only_rotates:
+            qkv, scales = linear_unscaled(x, self.qkv.get_value(), value(self.qkv_bias))
+            q, kv_pages = runtime.rotate_and_write(qkv, rotation, kv_pages, batch, scales)
+            return self._attend(q, None, None, kv_pages, batch, runtime)
         return self._mix(*self._project(x, batch, rotation), kv_pages, batch, runtime)
+
+    @property
+    def _only_rotates(self) -> bool:
+        """Whether q and k are rotated, heads as a whole and in halves, and nothing else happens to the projection."""
+        spec, rope = self.spec, self.spec.rope
+        is_other = (spec.qk_norm, spec.v_norm, spec.clip, spec.temperature) != (None,) * 4 or spec.value_multiplier != 1.0
+        is_whole = rope is not None and not rope.interleaved and rope.rotary_dim == spec.head_dim
+        return type(self) is Attention and is_whole and not is_other
 
     def _project(
         self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, rotation: Rotation | None

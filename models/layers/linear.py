@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import LogicalAxes
-from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, linear_fp8
+from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, linear_fp8, multiply_fp8
 
 MANY_ROWS = 256  # from which on a CPU's products with the weight on the right are the quicker ones
 
@@ -81,6 +81,16 @@ def linear(
     """
     y = _product(x, w, contract, transpose, out_dtype or x.dtype)
     return y if bias is None else y + bias
+
+
+def linear_unscaled(
+    x: Float[Array, "T ..."] | Fp8Rows, w: Float[Array, ...] | Fp8Weight | OutputsFirst, bias: Float[Array, ...] | None
+) -> tuple[Float[Array, "T ..."], tuple[Array | None, Array | None]]:
+    """The same for who applies scales himself: x times w, plus bias, and what rows and columns are yet to be multiplied by, if so."""
+    if isinstance(w, Fp8Weight) and w.has_kernel and bias is None:
+        y, row_scales = multiply_fp8(x, w)
+        return y, (row_scales.reshape(-1), w.scales)
+    return linear(x, w, bias), (None, None)
 
 
 def _product(

@@ -86,15 +86,25 @@ def quantize_fp8(w: Float[Array, ...], contract: int, batch: int = 0) -> Fp8Weig
 
 def linear_fp8(x: Float[Array, "T ..."] | Fp8Rows, w: Fp8Weight, contract: int, out_dtype: DTypeLike) -> Float[Array, "T ..."]:
     """x times w, the activations rounded to e4m3 with a scale for each token (as vLLM's dynamic per-token fp8) or w's own."""
+    y, x_scales = multiply_fp8(x, w, contract)
+    x_scales = x_scales.reshape(x_scales.shape[: y.ndim - w.scales.ndim] + (1,) * w.scales.ndim)
+    return (y.astype(jnp.float32) * x_scales * w.scales).astype(out_dtype)
+
+
+def multiply_fp8(
+    x: Float[Array, "T ..."] | Fp8Rows, w: Fp8Weight, contract: int = 1
+) -> tuple[Float[Array, "T ..."], Float[Array, "T ..."]]:
+    """e4m3 times e4m3, and x's scales, [T] or [T, 1, ...] or w's own [], which with w's are yet to be applied."""
     rounded, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else _rounded(x, w, contract)
-    x_scales = x_scales.reshape(x_scales.shape[: rounded.ndim - contract] + (1,) * w.scales.ndim)
-    return (_multiply(rounded, w, x.dtype).astype(jnp.float32) * x_scales * w.scales).astype(out_dtype)
+    axes = tuple(range(rounded.ndim - contract, rounded.ndim)), tuple(range(w.scales.ndim, w.values.ndim))
+    # A GPU's 8-bit product gives bfloat16, its sums being float32; the scales are applied in float32.
+    wanted = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    return jax.lax.dot_general(rounded, w.values, (axes, ((), ())), preferred_element_type=wanted), x_scales
 
 
 def gated_fp8(x: Float[Array, "T D"] | Fp8Rows, up: Fp8Weight, activation: Callable[[Array], Array]) -> Fp8Rows:
     """activation(gate) * linear of x's products with `up` [D, 2, F], rounded for the next product without having been stored."""
-    rounded, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else _rounded(x, up, 1)
-    y = _multiply(rounded, up, x.dtype)
+    y, x_scales = multiply_fp8(x, up)
     hidden = quantized_rows.quantize_gated(y, x_scales.reshape(-1), up.scales, activation, up.rounding)
     return Fp8Rows(*hidden, dtype=x.dtype)
 
@@ -114,15 +124,6 @@ def _rounded(x: Float[Array, "T ..."], w: Fp8Weight, contract: int) -> tuple[Arr
         return values.reshape(x.shape), scales
     scales = _scale(wide, tuple(range(x.ndim - contract, x.ndim)))
     return (wide / scales).astype(FP8), scales
-
-
-def _multiply(x: Float[Array, "T ..."], w: Fp8Weight, dtype: DTypeLike) -> Float[Array, "T ..."]:
-    """e4m3 times e4m3, without scales, for activations of a type."""
-    contract = w.values.ndim - w.scales.ndim
-    axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(w.scales.ndim, w.values.ndim))
-    # A GPU's 8-bit product gives bfloat16, its sums being float32; the scales are applied in float32.
-    wanted = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-    return jax.lax.dot_general(x, w.values, (axes, ((), ())), preferred_element_type=wanted)
 
 
 def dequantized(w: Float[Array, ...] | Fp8Weight, input_axis: int, dtype: DTypeLike) -> Float[Array, ...]:

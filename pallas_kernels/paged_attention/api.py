@@ -84,6 +84,38 @@ def write_kv(
     return _scatter(kv_pages, kv, write_slots)
 
 
+def rotate_and_write(
+    qkv: Float[Array, "T K G+2 H"],
+    cos: Float[Array, "T H/2"],
+    sin: Float[Array, "T H/2"],
+    kv_pages: Float[Array, "pages page_size rows H"],
+    write_slots: Int[Array, " T"],
+    row_scales: Float[Array, " T"] | None = None,
+    scales: Float[Array, "K G+2 H"] | None = None,
+    *,
+    implementation: Implementation,
+) -> tuple[Float[Array, "T N H"], Float[Array, "pages page_size rows H"]]:
+    """Rotates queries and keys, in float32, and writes keys and values to their pages as write_kv does.
+
+    Args:
+        qkv: of each kv head its G query heads, its key and its value.
+        cos, sin: of each token's angles; the pairs are (i, i + H / 2).
+        row_scales, scales: what qkv is yet to be multiplied by, where it is a product of 8-bit numbers.
+
+    Returns:
+        The queries and the pool.
+    """
+    if implementation == "mosaic_gpu":
+        from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_rope
+
+        try:
+            return mosaic_gpu_rope.rotate_and_write(qkv, cos, sin, kv_pages, write_slots, row_scales, scales)
+        except NotImplementedError as reason:
+            _say_once(f"rope and page write run as kernels of their own: {reason}")
+    q, k, v = reference.rotate_qkv(qkv, cos, sin, row_scales, scales)
+    return q, write_kv(kv_pages, k, v, write_slots, implementation)
+
+
 def _scatter(
     pages: Float[Array, "pages page_size rows H"], rows: Float[Array, "T rows H"], write_slots: Int[Array, " T"]
 ) -> Float[Array, "pages page_size rows H"]:

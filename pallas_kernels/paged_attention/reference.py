@@ -58,3 +58,21 @@ def paged_attention(
     weights = jax.nn.softmax(logits, axis=-1)[..., : kv.shape[1]]
     out = jnp.einsum("TKGS,TSKH->TKGH", weights, kv[row, :, :, -1, :value_dim], precision="highest")
     return out.reshape(num_tokens, num_heads, -1).astype(q.dtype)
+
+
+def rotate_qkv(
+    qkv: Float[Array, "T K G+2 H"],
+    cos: Float[Array, "T H/2"],
+    sin: Float[Array, "T H/2"],
+    row_scales: Float[Array, " T"] | None,
+    scales: Float[Array, "K G+2 H"] | None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """Queries, keys and values, scaled and the first two rotated in float32; see api.rotate_and_write."""
+    wide = qkv.astype(jnp.float32)
+    if row_scales is not None and scales is not None:
+        wide = wide * row_scales[:, None, None, None] * scales
+    first, second = jnp.split(wide[:, :, :-1], 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(qkv.dtype)
+    q = turned[:, :, :-1]
+    return q.reshape(q.shape[0], -1, q.shape[-1]), turned[:, :, -1], wide[:, :, -1].astype(qkv.dtype)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bench.kernels.compile import VARIANTS, build
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
+from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
 from tests.tpu.steps import compile_step, count_collectives, plan, write_config
 
@@ -82,8 +83,11 @@ def test_kernels_round_whatever_an_fp8_step_rounds(tmp_path: Path, capfd: pytest
     model = plan(write_config(tmp_path, num_hidden_layers=2), TARGET, quantization="fp8")
     text = compile_step(model, "decode 64").as_text()
     assert max(spilled("".join(capfd.readouterr()))) == 0
+    assert_pools_stay(model, text)
     assert not re.search(r"= f8e4m3fn\[[\d,]*\]\S* fusion\(", text)
-    assert text.count('"mosaic_gpu_v2"') == 2 * 6, "page write, attention, two norms, attention's output and the activation"
+    assert text.count('"mosaic_gpu_v2"') == 2 * 6, (
+        "rope with page write, attention, two norms, attention's output and the activation"
+    )
 
 
 @pytest.mark.parametrize("program", ["decode 16", "decode 256", "forward 512"])
@@ -100,6 +104,10 @@ def test_a_step_runs_kernels_and_spills_nothing(
     assert compiled.memory_analysis().alias_size_in_bytes >= model.num_pages * model.page_bytes, (
         "the pool is not updated in place"
     )
+    assert_pools_stay(model, text)
+
+
+def assert_pools_stay(model: Build, text: str) -> None:
     for cache_ in model.inputs().state.caches:
         assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "a pool is copied"
 

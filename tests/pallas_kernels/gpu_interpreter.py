@@ -18,7 +18,12 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_decode, mosaic_gpu_latent_kernel, mosaic_gpu_prefill
+from jaxserve.pallas_kernels.paged_attention import (
+    mosaic_gpu_decode,
+    mosaic_gpu_latent_kernel,
+    mosaic_gpu_prefill,
+    mosaic_gpu_rope,
+)
 
 _wgmma = plgpu.wgmma
 
@@ -30,6 +35,7 @@ def interpreted() -> Iterator[None]:
         patch.setattr(pl, "run_state", _run_state)
         patch.setattr(plgpu, "wgmma", _multiply)
         patch.setattr(mosaic_gpu_prefill, "store_rows", store_rows)
+        patch.setattr(mosaic_gpu_rope, "turn_token", turn_token)
         for function in DECODE:
             patch.setattr(mosaic_gpu_decode, function.__name__, function)
         for function in LATENT:
@@ -174,6 +180,20 @@ def arrive_for_rows(
         shared[slot + i] = (before + 1 == wanted[row]).astype(jnp.int32)
 
     _each(0, count, ask)
+
+
+def turn_token(token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *scaling: Any) -> None:
+    scaled = qkv[token].astype(jnp.float32)
+    if scaling:
+        scaled *= scaling[0][token] * scaling[1][...]
+    first, second = jnp.split(scaled, 2, axis=-1)
+    turned = jnp.concatenate((first * cos[token] - second * sin[token], second * cos[token] + first * sin[token]), axis=-1)
+    q[token] = turned[:, :-2].reshape(q.shape[1:]).astype(q.dtype)
+
+    @pl.when(slot < pool.shape[0] * pool.shape[1])
+    def _() -> None:
+        both = jnp.stack((turned[:, -2], scaled[:, -1]), axis=1)
+        pool[slot // pool.shape[1], slot % pool.shape[1]] = both.reshape(pool.shape[2:]).astype(pool.dtype)
 
 
 DECODE = [

@@ -1,0 +1,71 @@
+"""Rope and page write in one kernel: its plumbing in the interpreter, with stand-ins for register code; all numbers on a GPU (-m gpu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_rope, reference, rotate_and_write, write_kv
+from tests.pallas_kernels.gpu_interpreter import interpreted
+
+PAGES, PAGE_SIZE = 5, 4
+
+
+def case(tokens: int, num_kv_heads: int, group: int, head_dim: int, *, is_scaled: bool) -> tuple[Any, ...]:
+    """Arguments of rotate_and_write; every third token has no slot, and unwritten slots hold ones."""
+    rng = np.random.default_rng([tokens, head_dim])
+    angles = rng.uniform(0, 6, (tokens, head_dim // 2))
+    slots = rng.permutation(max(PAGES * PAGE_SIZE, tokens + 1))[:tokens]
+    slots[::3] = 1 << 30
+    pages = -(-max(PAGES * PAGE_SIZE, tokens + 1) // PAGE_SIZE)
+    arrays = (
+        jnp.asarray(rng.standard_normal((tokens, num_kv_heads, group + 2, head_dim)), jnp.bfloat16),
+        jnp.asarray(np.cos(angles), jnp.float32),
+        jnp.asarray(np.sin(angles), jnp.float32),
+        jnp.ones((pages, PAGE_SIZE, 2 * num_kv_heads, head_dim), jnp.bfloat16),
+        jnp.asarray(slots, jnp.int32),
+    )
+    if not is_scaled:
+        return arrays
+    scales = rng.uniform(0.5, 2, (num_kv_heads, group + 2, head_dim))
+    return (*arrays, jnp.asarray(rng.uniform(0.5, 2, tokens), jnp.float32), jnp.asarray(scales, jnp.float32))
+
+
+def assert_as_in_three_steps(arguments: tuple[Any, ...], got: tuple[jax.Array, jax.Array]) -> None:
+    """Up to the last bit, where a sum is rounded once more or less."""
+    qkv, cos, sin, pages, slots, *scales = arguments
+    q, k, v = reference.rotate_qkv(qkv, cos, sin, *(scales or (None, None)))
+    for have, want in zip(got, (q, write_kv(pages, k, v, slots)), strict=True):
+        have, want = np.asarray(have, np.float32), np.asarray(want, np.float32)
+        np.testing.assert_allclose(have, want, rtol=2**-7, atol=1e-5)
+        assert np.mean(have != want) < 0.01
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_in_the_interpreter(is_scaled: bool) -> None:
+    arguments = case(7, 2, 3, 16, is_scaled=is_scaled)
+    with interpreted():
+        assert_as_in_three_steps(arguments, mosaic_gpu_rope.rotate_and_write(*arguments))
+
+
+def test_other_types_are_left_to_xla(caplog: pytest.LogCaptureFixture) -> None:
+    qkv, cos, sin, pages, slots = case(7, 2, 3, 16, is_scaled=False)
+    small = pages.astype(jnp.float8_e4m3fn)
+    q, written = rotate_and_write(qkv, cos, sin, small, slots, implementation="mosaic_gpu")
+    wanted, k, v = reference.rotate_qkv(qkv, cos, sin, None, None)
+    np.testing.assert_array_equal(np.asarray(q), np.asarray(wanted))
+    np.testing.assert_array_equal(np.asarray(written), np.asarray(write_kv(small, k, v, slots)))
+    assert "bfloat16" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(8, 4, 128), (2, 7, 64), (1, 1, 256), (3, 5, 80)])
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_numbers_on_the_gpu(tokens: int, num_kv_heads: int, group: int, head_dim: int, is_scaled: bool) -> None:
+    arguments = case(tokens, num_kv_heads, group, head_dim, is_scaled=is_scaled)
+    assert_as_in_three_steps(arguments, jax.jit(mosaic_gpu_rope.rotate_and_write)(*arguments))
