@@ -294,9 +294,10 @@ def compile_program(
 ) -> tuple[jax.stages.Compiled, ProgramReport]:
     """Compiles one program for the devices of the runtime's mesh."""
     started_s = time.monotonic()
-    # Pallas asks the mesh at hand which TPU it is for, else jax.devices(), where there may be none.
+    # Pallas asks the mesh at hand which TPU or GPU it is for, else jax.devices(), where there may be none.
     assert runtime.mesh is not None
-    on_target = jax.sharding.use_abstract_mesh(runtime.mesh.abstract_mesh) if runtime.platform == "tpu" else nullcontext()
+    asks = runtime.platform == "tpu" or runtime.platform != jax.default_backend()
+    on_target = jax.sharding.use_abstract_mesh(runtime.mesh.abstract_mesh) if asks else nullcontext()
     with on_target:
         lowered = program.jitted().lower(*program.arguments) if traces is None else traces.lower(program, runtime.platform)
     traced_s = time.monotonic()

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 _PLATFORMS = {"gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}
 _KEPT_S = 30 * 24 * 3600  # since its last use; every change of the code or the options makes new entries
-_CUSTOM_CALLS = ("mosaic_gpu_v2", "AllocateBuffer", "tpu_custom_call")  # not promised to stay; the jax version is in the key
+# Not promised to stay; the jax version is in the key.
+_CUSTOM_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "AllocateBuffer", "tpu_custom_call")
 
 
 def _register_types() -> None:

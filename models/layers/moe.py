@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.models.layers import few_tokens
 from jaxserve.models.layers.linear import linear, parameter, value
 from jaxserve.models.layers.mlp import Mlp, activate
 from jaxserve.models.layers.norms import Norm, apply_norm
@@ -54,31 +55,38 @@ class Moe(nnx.Module):
         self.shared_gate = parameter((d_model, 1), ("embed", None), dtype, std=d_model**-0.5) if is_gated else None
 
     def __call__(self, x: Float[Array, "T D"], batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
-        spec = self.spec
-        weights, chosen = self._route(x)
-        in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
-        has_weights = in_use[:, None] & (chosen < spec.num_experts)  # padding wakes no expert
-        experts = jnp.where(has_weights, chosen, spec.num_experts)
+        spec, logits = self.spec, self._logits(x)
         arrays = (
             dequantized(self.experts_up.get_value(), 1, x.dtype),
             value(self.experts_up_bias),
             dequantized(self.experts_down.get_value(), 1, x.dtype),
             value(self.experts_down_bias),
         )
-        by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
-        sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert
-        tokens = (apply_norm(self.experts_norm, x), weights.astype(x.dtype), experts)
-        out = apply_norm(self.experts_out_norm, runtime.over_experts(sum_experts, tokens, arrays))
+        tokens, given_back = apply_norm(self.experts_norm, x), None
+        if few_tokens.serves(tokens, spec, arrays, runtime):
+            choice = few_tokens.choose(logits, spec, value(self.choice_bias), batch)
+            out = few_tokens.sum_experts(tokens, choice, arrays, spec)
+        else:
+            weights, chosen = self._route(logits)
+            in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
+            has_weights = in_use[:, None] & (chosen < spec.num_experts)  # padding wakes no expert
+            experts = jnp.where(has_weights, chosen, spec.num_experts)
+            by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
+            sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert
+            out = runtime.over_experts(sum_experts, (tokens, weights.astype(x.dtype), experts), arrays)
+            if spec.num_identity:
+                given_back = x * jnp.sum(jnp.where(chosen < spec.num_experts, 0, weights), axis=-1, keepdims=True).astype(x.dtype)
+        out = apply_norm(self.experts_out_norm, out)
         if self.shared is not None:
             shared = apply_norm(self.shared_out_norm, self.shared(apply_norm(self.shared_norm, x)))
             if self.shared_gate is not None:
                 shared *= jax.nn.sigmoid(linear(x, self.shared_gate.get_value()))
             out += shared
-        if spec.num_identity:
-            out += x * jnp.sum(jnp.where(chosen < spec.num_experts, 0, weights), axis=-1, keepdims=True).astype(x.dtype)
+        if given_back is not None:
+            out += given_back
         return apply_norm(self.out_norm, out)
 
-    def _route(self, x: Float[Array, "T D"]) -> Routes:
+    def _logits(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
         spec = self.spec
         logits = linear(apply_norm(self.router_norm, x), self.router.get_value(), out_dtype=jnp.float32)
         if self.router_bias is not None:
@@ -87,6 +95,10 @@ class Moe(nnx.Module):
             logits *= spec.router.logit_multiplier
         if spec.router.logit_softcap is not None:
             logits = spec.router.logit_softcap * jnp.tanh(logits / spec.router.logit_softcap)
+        return logits
+
+    def _route(self, logits: Float[Array, "T E"]) -> Routes:
+        spec = self.spec
         weights, experts = route(logits, spec.router, spec.top_k, value(self.choice_bias))
         if self.expert_scale is not None:
             weights *= self.expert_scale.get_value()[experts].astype(weights.dtype)

@@ -21,15 +21,21 @@ def route(logits: Float[Array, "T E"], spec: RouterSpec, top_k: int, choice_bias
     """
     if spec.scores == "sparsemixer":
         return _sparsemixer(logits, spec.jitter)
-    scores = jax.nn.sigmoid(logits) if spec.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    choice = scores if choice_bias is None else scores + choice_bias.astype(jnp.float32)
-    if spec.top_groups < spec.num_groups:
-        choice = _keep_best_groups(choice, spec)
+    scores, choice = score(logits, spec, choice_bias)
     experts = jax.lax.top_k(choice, top_k)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if spec.normalize:
         weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True) + spec.norm_eps, spec.norm_min)
     return weights * spec.scale, experts
+
+
+def score(
+    logits: Float[Array, "T E"], spec: RouterSpec, choice_bias: Float[Array, " E"] | None = None
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+    """Each expert's score, which weighs it, and by what it is chosen; see route."""
+    scores = jax.nn.sigmoid(logits) if spec.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = scores if choice_bias is None else scores + choice_bias.astype(jnp.float32)
+    return scores, _keep_best_groups(choice, spec) if spec.top_groups < spec.num_groups else choice
 
 
 def _keep_best_groups(choice: Float[Array, "T E"], spec: RouterSpec) -> Float[Array, "T E"]:

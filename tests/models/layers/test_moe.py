@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxserve.models.interface import Runtime
 from jaxserve.models.layers.mlp import activate
@@ -16,6 +17,8 @@ from jaxserve.models.layers.moe import Moe
 from jaxserve.models.layers.quantized import quantize_fp8
 from jaxserve.models.layers.router import route
 from jaxserve.models.spec import ClampedSwiglu, MlpSpec, MoeSpec, RouterSpec
+from jaxserve.pallas_kernels import few_experts
+from jaxserve.pallas_kernels.few_experts import reference
 from jaxserve.sharding import make_mesh
 from tests.models.forward import prompts_batch
 
@@ -55,6 +58,36 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     got = jax.jit(lambda x: moe(x, batch, runtime))(x)
     np.testing.assert_allclose(got[:13], want, rtol=2e-4, atol=2e-4)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"expert": replace(BIASED, dim=64)},
+        {"router": RouterSpec(scores="sigmoid", choice_bias=True, num_groups=2, scale=2.0)},
+    ],
+)
+def test_few_tokens_sum_the_same_experts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's smallest step, its kernels in plain jnp, against experts one group after the other."""
+    spec = replace(SPEC, num_experts=8, **({"expert": replace(EXPERT, dim=64)} | changes))
+    moe = Moe(64, spec, jnp.bfloat16)
+    for array in jax.tree.leaves(nnx.state(moe), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        array.set_value(jnp.asarray(normal(*array.get_value().shape) / 8, array.get_value().dtype))
+    batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
+    x = normal(16, 64).astype(jnp.bfloat16)  # three tokens are padding
+    want = moe(x, batch, Runtime("cpu"))
+    calls = []
+
+    def multiply(*args: Any) -> jax.Array:
+        calls.append(args)
+        return reference.multiply(*args)
+
+    monkeypatch.setattr(few_experts, "choose", reference.choose)
+    monkeypatch.setattr(few_experts, "multiply", multiply)
+    got = moe(x, batch, Runtime("gpu", attention="mosaic_gpu"))
+    assert len(calls) == 2
+    np.testing.assert_allclose(got[:13].astype(jnp.float32), want[:13].astype(jnp.float32), rtol=5e-2, atol=2e-2)
 
 
 @pytest.mark.slow
