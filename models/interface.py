@@ -141,16 +141,22 @@ class Runtime:
         kv_pages: Float[Array, "pages ..."],
         batch: StepBatch,
         scales: tuple[Array | None, Array | None] = (None, None),
+        gains: tuple[Array, Array] | None = None,
+        eps: float = 0.0,
+        offset: float = 0.0,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "pages ..."]]:
         """Gives the rotated queries, and the pages with the rotated keys and the values; see the kernel's api.
 
         Args:
             scales: what the rows of qkv, and its columns, are yet to be multiplied by.
+            gains, eps, offset: of an RMS norm of each query and of each key, which comes first.
         """
-        f = partial(kernels.rotate_and_write, implementation=self.attention)
+        f = partial(kernels.rotate_and_write, implementation=self.attention, eps=eps, offset=offset)
         heads, pool = P(None, MODEL_AXIS), pages_partition(self.attention)
-        specs = (heads, P(), P(), pool, P(), P(), P(MODEL_AXIS))
-        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(qkv, *rotation, kv_pages, batch.write_slots, *scales)
+        specs = (heads, P(), P(), pool, P(), P(), P(MODEL_AXIS), P())
+        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(
+            qkv, *rotation, kv_pages, batch.write_slots, *scales, gains
+        )
         return result
 
     def attend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -86,17 +88,24 @@ class Attention(nnx.Module):
         """What each head reads, and the pages."""
         if rotation is not None and runtime.rotates_and_writes and self._only_rotates:
             qkv, scales = linear_unscaled(x, self.qkv.get_value(), value(self.qkv_bias))
-            q, kv_pages = runtime.rotate_and_write(qkv, rotation, kv_pages, batch, scales)
+            q, kv_pages = runtime.rotate_and_write(qkv, rotation, kv_pages, batch, scales, **self._norms())
             return self._attend(q, None, None, kv_pages, batch, runtime)
         return self._mix(*self._project(x, batch, rotation), kv_pages, batch, runtime)
 
     @property
     def _only_rotates(self) -> bool:
-        """Whether q and k are rotated, heads as a whole and in halves, and nothing else happens to the projection."""
-        spec, rope = self.spec, self.spec.rope
-        is_other = (spec.qk_norm, spec.v_norm, spec.clip, spec.temperature) != (None,) * 4 or spec.value_multiplier != 1.0
+        """Whether q and k are rotated, heads as a whole and in halves, and nothing happens to the projection but norms in front."""
+        spec, rope, norm = self.spec, self.spec.rope, self.spec.qk_norm
+        is_other = (spec.v_norm, spec.clip, spec.temperature) != (None,) * 3 or spec.value_multiplier != 1.0
         is_whole = rope is not None and not rope.interleaved and rope.rotary_dim == spec.head_dim
-        return type(self) is Attention and is_whole and not is_other
+        is_by_head = spec.qk_norm_over == "head" and not spec.qk_norm_after_rope
+        is_normal = norm is None or (norm.kind == "rms" and norm.gain and not norm.bias and is_by_head)
+        return type(self) is Attention and is_whole and is_normal and not is_other
+
+    def _norms(self) -> dict[str, Any]:
+        """What Runtime.rotate_and_write takes for the norms of q and k."""
+        norm, gains = self.spec.qk_norm, [value(norm.weight) for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return {} if norm is None else {"gains": tuple(gains), "eps": norm.eps, "offset": 1.0 if norm.unit_offset else 0.0}
 
     def _project(
         self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, rotation: Rotation | None

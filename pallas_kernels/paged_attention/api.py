@@ -92,15 +92,20 @@ def rotate_and_write(
     write_slots: Int[Array, " T"],
     row_scales: Float[Array, " T"] | None = None,
     scales: Float[Array, "K G+2 H"] | None = None,
+    gains: tuple[Float[Array, " H"], Float[Array, " H"]] | None = None,
     *,
+    eps: float = 0.0,
+    offset: float = 0.0,
     implementation: Implementation,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "pages page_size rows H"]]:
-    """Rotates queries and keys, in float32, and writes keys and values to their pages as write_kv does.
+    """Normalises queries and keys, if asked to, and rotates them, in float32; writes keys and values to their pages as write_kv does.
 
     Args:
         qkv: of each kv head its G query heads, its key and its value.
         cos, sin: of each token's angles; the pairs are (i, i + H / 2).
         row_scales, scales: what qkv is yet to be multiplied by, where it is a product of 8-bit numbers.
+        gains: each query head becomes its RMS norm times (gain + offset), with the first of these, each key with the second.
+        eps: added to the mean of squares.
 
     Returns:
         The queries and the pool.
@@ -109,10 +114,11 @@ def rotate_and_write(
         from jaxserve.pallas_kernels.paged_attention import mosaic_gpu_rope
 
         try:
-            return mosaic_gpu_rope.rotate_and_write(qkv, cos, sin, kv_pages, write_slots, row_scales, scales)
+            arrays = (qkv, cos, sin, kv_pages, write_slots, row_scales, scales, gains)
+            return mosaic_gpu_rope.rotate_and_write(*arrays, eps=eps, offset=offset)
         except NotImplementedError as reason:
             _say_once(f"rope and page write run as kernels of their own: {reason}")
-    q, k, v = reference.rotate_qkv(qkv, cos, sin, row_scales, scales)
+    q, k, v = reference.rotate_qkv(qkv, cos, sin, row_scales, scales, gains, eps=eps, offset=offset)
     return q, write_kv(kv_pages, k, v, write_slots, implementation)
 
 

@@ -1,4 +1,5 @@
 """Rope and page write for Hopper in one kernel: the projection to q, k and v is read once, and all three are written where they go.
+Queries and keys may be normalised in front.
 
 Register code: a thread turns 8 numbers of a head's first half and the 8 that they are paired with.
 """
@@ -12,6 +13,7 @@ from jax.experimental.mosaic.gpu import utils as _utils
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
 from jaxtyping import Array, Float, Int
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
@@ -29,9 +31,11 @@ mgpu: Any = _utils
 VECTOR = 8  # numbers that a thread reads at once: 16 bytes
 
 
-def check_rotate(qkv: jax.Array, kv_pages: jax.Array, rotary_dim: int) -> None:
+def check_rotate(qkv: jax.Array, kv_pages: jax.Array, rotary_dim: int, *, has_norms: bool) -> None:
     """Raises NotImplementedError for shapes and types that the kernel does not serve."""
     head_dim = qkv.shape[-1]
+    if has_norms and head_dim not in (16, 32, 64, 128, 256, 512):  # half a head to 1, 2, 4, ... threads of a warp
+        raise NotImplementedError(f"the kernel normalises heads of a power of 2 up to 512; got {head_dim}")
     if not qkv.dtype == kv_pages.dtype == jnp.bfloat16:
         raise NotImplementedError(f"rope and page write are one kernel in bfloat16; got {qkv.dtype} and {kv_pages.dtype}")
     if rotary_dim != head_dim or head_dim % (2 * VECTOR):
@@ -46,21 +50,25 @@ def rotate_and_write(
     write_slots: Int[Array, " T"],
     row_scales: Float[Array, " T"] | None = None,
     scales: Float[Array, "K G+2 H"] | None = None,
+    gains: tuple[Float[Array, " H"], Float[Array, " H"]] | None = None,
+    *,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "pages page_size 2*K H"]]:
     """See api.rotate_and_write.
 
     Raises:
         NotImplementedError: see check_rotate.
     """
-    check_rotate(qkv, kv_pages, 2 * cos.shape[-1])
+    check_rotate(qkv, kv_pages, 2 * cos.shape[-1], has_norms=gains is not None)
     tokens, num_kv_heads, parts, head_dim = qkv.shape
     scaling = () if row_scales is None or scales is None else (row_scales, scales)
     pool = jax.new_ref(kv_pages)
 
     def rope_write(qkv: Any, cos: Any, sin: Any, write_slots: Any, *rest: Any) -> None:
-        *scaling, pool, q = rest
-        token = lax.axis_index("token")
-        turn_token(token, write_slots[token], qkv, cos, sin, q, pool, *scaling)
+        *more, pool, q = rest
+        token, own = lax.axis_index("token"), (tuple(more[: len(scaling)]), tuple(more[len(scaling) :]))
+        turn_token(token, write_slots[token], qkv, cos, sin, q, pool, *own, eps=eps, offset=offset)
 
     q: jax.Array = plgpu.kernel(
         rope_write,
@@ -68,58 +76,81 @@ def rotate_and_write(
         grid=(tokens,),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(),
-    )(qkv, cos, sin, write_slots, *scaling, pool)
+    )(qkv, cos, sin, write_slots, *scaling, *(gains or ()), pool)
     written: jax.Array = pool[...]
     return q, written
 
 
-def turn_token(token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *scaling: Any) -> None:
+def turn_token(
+    token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, scaling: tuple[Any, ...],
+    gains: tuple[Any, ...], *, eps: float, offset: float,
+) -> None:  # fmt: skip
     """Stores a token's queries in q, its keys and values in the pool's row `slot`, if there is one."""
     _, num_kv_heads, parts, head_dim = qkv.shape
-    pages, page_size = pool.shape[:2]
+    num_slots = pool.shape[0] * pool.shape[1]
     half, chunks = head_dim // 2, head_dim // 2 // VECTOR
     units = num_kv_heads * parts * chunks
 
-    def turn(ctx: Any, token: Any, slot: Any, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *scaling: Any) -> None:
+    def turn(ctx: Any, token: Any, slot: Any, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *rest: Any) -> None:
         token, slot = token.registers.item(), slot.registers.item()
+        scaling_refs, gain_refs = rest[: len(scaling)], rest[len(scaling) :]
 
         def turn_unit(unit: Any) -> None:
+            is_one = is_below(unit, constant(units))
+            unit = arith.minui(unit, constant(units - 1))  # threads without a unit read along: all of a warp add up norms
             head, column = arith.divui(unit, constant(chunks)), _times(arith.remui(unit, constant(chunks)), VECTOR)
             kv_head, part = arith.divui(head, constant(parts)), arith.remui(head, constant(parts))
+            is_query, is_value = is_below(part, constant(parts - 2)), is_below(constant(parts - 2), part)
             place = arith.addi(_times(head, head_dim), column)
-            pair = []
-            for offset in (0, half):
-                at = arith.addi(place, constant(offset))
-                numbers = _load(qkv, arith.addi(_times(token, num_kv_heads * parts * head_dim), at))
-                if scaling:
-                    numbers = arith.mulf(numbers, vector.broadcast(numbers.type, _load(scaling[0], token, 1)))
-                    numbers = arith.mulf(numbers, _load(scaling[1], at))
-                pair.append(numbers)
+            source = arith.addi(_times(token, num_kv_heads * parts * head_dim), place)
+            pair = [_load(qkv, arith.addi(source, constant(i))) for i in (0, half)]
+            if scaling_refs:
+                row_scale = _spread(_load(scaling_refs[0], token, 1))
+                scales = [_load(scaling_refs[1], arith.addi(place, constant(i))) for i in (0, half)]
+                pair = [arith.mulf(arith.mulf(x, row_scale), scale) for x, scale in zip(pair, scales, strict=True)]
+            first, second = pair
+            if gain_refs:
+                both = [[_load(ref, arith.addi(column, constant(i))) for i in (0, half)] for ref in gain_refs]
+                gain = [arith.select(is_query, *of_half) for of_half in zip(*both, strict=True)]
+                first, second = _normed(pair, gain, head_dim, eps, offset)
             c, s = (_load(x, arith.addi(_times(token, half), column)) for x in (cos, sin))
             turned = [
-                arith.subf(arith.mulf(pair[0], c), arith.mulf(pair[1], s)),
-                arith.addf(arith.mulf(pair[1], c), arith.mulf(pair[0], s)),
+                arith.subf(arith.mulf(first, c), arith.mulf(second, s)),
+                arith.addf(arith.mulf(second, c), arith.mulf(first, s)),
             ]
-            with mgpu.when(is_below(part, constant(parts - 2))):
+            with mgpu.when(arith.andi(is_one, is_query)):
                 row = arith.addi(_times(arith.addi(_times(token, num_kv_heads), kv_head), parts - 2), part)
                 _store(turned, q, row, column, head_dim)
-            is_kept = arith.andi(is_below(constant(parts - 3), part), is_below(slot, constant(pages * page_size)))
-            with mgpu.when(is_kept):
-                is_value = arith.cmpi(arith.CmpIPredicate.eq, part, constant(parts - 1))
+            has_place = arith.andi(is_below(constant(parts - 3), part), is_below(slot, constant(num_slots)))
+            with mgpu.when(arith.andi(is_one, has_place)):
                 row = arith.addi(_times(kv_head, 2), arith.subi(part, constant(parts - 2)))
                 row = arith.addi(_times(slot, 2 * num_kv_heads), row)
                 _store([arith.select(is_value, *both) for both in zip(pair, turned, strict=True)], pool, row, column, head_dim)
 
-        for first in range(0, units, THREADS):
-            unit = arith.addi(thread_index(), constant(first))
-            if first + THREADS <= units:
-                turn_unit(unit)
-                continue
-            with mgpu.when(is_below(unit, constant(units))):
-                turn_unit(unit)
+        for start in range(0, units, THREADS):
+            turn_unit(arith.addi(thread_index(), constant(start)))
 
-    arrays = (qkv, cos, sin, q, pool, *scaling)
+    arrays = (qkv, cos, sin, q, pool, *scaling, *gains)
     plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, *(plgpu.RefType() for _ in arrays)))(turn)(token, slot, *arrays)
+
+
+def _normed(pair: list[Any], gain: list[Any], head_dim: int, eps: float, offset: float) -> list[Any]:
+    """Times what makes the mean of the head's squares 1, and times its gain. Neighbouring threads have the rest of the head."""
+    f32 = ir.F32Type.get()
+    squares = arith.addf(*(arith.mulf(x, x) for x in pair))
+    total = vector.reduction(f32, vector.CombiningKind.ADD, squares)
+    distance = 1
+    while distance < head_dim // 2 // VECTOR:
+        total = arith.addf(total, mgpu.shfl_bfly(total, distance))
+        distance *= 2
+    mean = arith.addf(arith.mulf(total, mgpu.c(1 / head_dim, f32)), mgpu.c(eps, f32))
+    scale = _spread(mlir_math.rsqrt(mean))
+    shift = _spread(mgpu.c(offset, f32))
+    return [arith.mulf(arith.mulf(x, scale), arith.addf(g, shift)) for x, g in zip(pair, gain, strict=True)]
+
+
+def _spread(x: Any) -> Any:
+    return vector.broadcast(ir.VectorType.get((VECTOR,), x.type), x)
 
 
 def _times(x: Any, factor: int) -> Any:

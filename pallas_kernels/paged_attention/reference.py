@@ -66,12 +66,21 @@ def rotate_qkv(
     sin: Float[Array, "T H/2"],
     row_scales: Float[Array, " T"] | None,
     scales: Float[Array, "K G+2 H"] | None,
+    gains: tuple[Float[Array, " H"], Float[Array, " H"]] | None = None,
+    *,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """Queries, keys and values, scaled and the first two rotated in float32; see api.rotate_and_write."""
+    """Queries, keys and values, scaled and the first two normalised and rotated in float32; see api.rotate_and_write."""
     wide = qkv.astype(jnp.float32)
     if row_scales is not None and scales is not None:
         wide = wide * row_scales[:, None, None, None] * scales
-    first, second = jnp.split(wide[:, :, :-1], 2, axis=-1)
+    turning = wide[:, :, :-1]
+    if gains is not None:
+        is_query = jnp.arange(turning.shape[2])[:, None] < turning.shape[2] - 1
+        turning = turning * jax.lax.rsqrt(jnp.mean(turning * turning, axis=-1, keepdims=True) + eps)
+        turning = turning * (jnp.where(is_query, gains[0], gains[1]).astype(jnp.float32) + offset)
+    first, second = jnp.split(turning, 2, axis=-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(qkv.dtype)
     q = turned[:, :, :-1]

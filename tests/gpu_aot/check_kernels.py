@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.kernels.compile import VARIANTS, build
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
 from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
@@ -77,6 +78,21 @@ def test_rounding_spills_nothing(width: int, num_rows: int, capfd: pytest.Captur
         jax.jit(partial(quantized_rows.quantize_gated, activation=ACTIVATIONS[activation])).lower(*gated).compile()
     found = spilled("".join(capfd.readouterr()))
     assert len(found) > 2 and max(found) == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 6, 128), (8192, 8, 4, 128), (64, 2, 9, 64), (16, 1, 3, 256)], ids=str)
+def test_rope_with_page_write_spills_nothing(shape: tuple[int, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+    (tokens, num_kv_heads, _, head_dim), bf16 = shape, jnp.bfloat16
+    angles, pages = array(tokens, head_dim // 2), array(512, 16, 2 * num_kv_heads, head_dim, dtype=bf16)
+    gains, scales = (array(head_dim, dtype=bf16),) * 2, (array(tokens), array(*shape[1:]))
+    plain = (array(*shape, dtype=bf16), angles, angles, pages, array(tokens, dtype=jnp.int32))
+    for more in [(), scales, (None, None, gains), (*scales, gains)]:
+        jax.jit(partial(rotate_and_write, eps=1e-5)).lower(*plain, *more).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert len(found) == 4 and max(found) == 0
 
 
 def test_kernels_round_whatever_an_fp8_step_rounds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

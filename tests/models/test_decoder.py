@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from flax import nnx
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder, abstract_decoder
 from jaxserve.models.description import describe_decoder
-from jaxserve.models.interface import CacheSpec
+from jaxserve.models.interface import CacheSpec, Runtime
 from jaxserve.models.spec import AttentionSpec, BorrowingAttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
-from tests.models.forward import forward, prompts_batch
+from jaxserve.pallas_kernels.paged_attention import api
+from tests.goldens import cases
+from tests.models.forward import forward, logit_error, open_and_load, prompts_batch
 
 MIXER = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3, rope=RopeSpec(theta=1e4, rotary_dim=8))
 MLP = MlpSpec(dim=24, activation="silu")
@@ -109,3 +112,19 @@ def test_who_reads_another_layers_keys_must_see_as_far_back() -> None:
     for wrong in (layers(1, None), layers(0, 4), layers(2, 4)):
         with pytest.raises(ValueError, match="layer 2 cannot read the keys and values of layer"):
             replace(SPEC, layers=wrong)
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "qwen3", pytest.param("gemma3_text", marks=pytest.mark.extra)])
+def test_rope_together_with_the_page_write_gives_the_same_logits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU's kernel does both, norms of q and k in front; here the kernel's reference does."""
+    model, weights = open_and_load(cases.write_checkpoint(tmp_path, name))
+    tokens, calls = np.arange(20)[None], []
+    plain = forward(model, weights, tokens)
+    rotate_qkv = api.reference.rotate_qkv
+    monkeypatch.setattr(api.reference, "rotate_qkv", lambda *a, **o: calls.append(o) or rotate_qkv(*a, **o))
+    monkeypatch.setattr(Runtime, "rotates_and_writes", True)
+    traced_anew = Runtime("cpu", shares_pages=True)
+    assert logit_error(forward(model, weights, tokens, runtime=traced_anew), plain) < 1e-4
+    assert calls and all((call["eps"] > 0) == (name != "llama_bias") for call in calls)

@@ -182,11 +182,18 @@ def arrive_for_rows(
     _each(0, count, ask)
 
 
-def turn_token(token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *scaling: Any) -> None:
+def turn_token(
+    token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, scaling: Any, gains: Any, *,
+    eps: float, offset: float,
+) -> None:  # fmt: skip
     scaled = qkv[token].astype(jnp.float32)
     if scaling:
         scaled *= scaling[0][token] * scaling[1][...]
-    first, second = jnp.split(scaled, 2, axis=-1)
+    normed = scaled
+    if gains:
+        both = jnp.stack([gains[0][...]] * (scaled.shape[1] - 2) + [gains[1][...]] * 2).astype(jnp.float32)
+        normed = scaled * lax.rsqrt(jnp.mean(scaled * scaled, axis=-1, keepdims=True) + eps) * (both + offset)
+    first, second = jnp.split(normed, 2, axis=-1)
     turned = jnp.concatenate((first * cos[token] - second * sin[token], second * cos[token] + first * sin[token]), axis=-1)
     q[token] = turned[:, :-2].reshape(q.shape[1:]).astype(q.dtype)
 

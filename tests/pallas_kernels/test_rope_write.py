@@ -35,21 +35,31 @@ def case(tokens: int, num_kv_heads: int, group: int, head_dim: int, *, is_scaled
     return (*arrays, jnp.asarray(rng.uniform(0.5, 2, tokens), jnp.float32), jnp.asarray(scales, jnp.float32))
 
 
-def assert_as_in_three_steps(arguments: tuple[Any, ...], got: tuple[jax.Array, jax.Array]) -> None:
+def assert_as_in_three_steps(arguments: tuple[Any, ...], got: tuple[jax.Array, jax.Array], **options: Any) -> None:
     """Up to the last bit, where a sum is rounded once more or less."""
     qkv, cos, sin, pages, slots, *scales = arguments
-    q, k, v = reference.rotate_qkv(qkv, cos, sin, *(scales or (None, None)))
+    q, k, v = reference.rotate_qkv(qkv, cos, sin, *(scales or (None, None)), **options)
     for have, want in zip(got, (q, write_kv(pages, k, v, slots)), strict=True):
         have, want = np.asarray(have, np.float32), np.asarray(want, np.float32)
         np.testing.assert_allclose(have, want, rtol=2**-7, atol=1e-5)
         assert np.mean(have != want) < 0.01
 
 
+def norms(head_dim: int) -> dict[str, Any]:
+    rng = np.random.default_rng(head_dim)
+    return {
+        "gains": tuple(jnp.asarray(rng.standard_normal(head_dim), jnp.bfloat16) for _ in range(2)),
+        "eps": 1e-3,
+        "offset": 1.0,
+    }
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_in_the_interpreter(is_scaled: bool) -> None:
-    arguments = case(7, 2, 3, 16, is_scaled=is_scaled)
+def test_in_the_interpreter(is_scaled: bool, has_norms: bool) -> None:
+    arguments, options = case(7, 2, 3, 16, is_scaled=is_scaled), norms(16) if has_norms else {}
     with interpreted():
-        assert_as_in_three_steps(arguments, mosaic_gpu_rope.rotate_and_write(*arguments))
+        assert_as_in_three_steps(arguments, mosaic_gpu_rope.rotate_and_write(*arguments, **options), **options)
 
 
 def test_other_types_are_left_to_xla(caplog: pytest.LogCaptureFixture) -> None:
@@ -68,4 +78,6 @@ def test_other_types_are_left_to_xla(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("tokens", [16, 300])
 def test_numbers_on_the_gpu(tokens: int, num_kv_heads: int, group: int, head_dim: int, is_scaled: bool) -> None:
     arguments = case(tokens, num_kv_heads, group, head_dim, is_scaled=is_scaled)
-    assert_as_in_three_steps(arguments, jax.jit(mosaic_gpu_rope.rotate_and_write)(*arguments))
+    for options in [{}, norms(head_dim)] if head_dim != 80 else [{}]:
+        got = jax.jit(lambda *a, o=options: mosaic_gpu_rope.rotate_and_write(*a, **o))(*arguments)
+        assert_as_in_three_steps(arguments, got, **options)
