@@ -14,7 +14,7 @@ E4M3_MAX = 448.0
 
 def scale_of(largest: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """What numbers are divided by before they are rounded, from the largest of them."""
-    return jnp.maximum(largest, 1e-12) / E4M3_MAX
+    return jnp.maximum(largest, 1e-12) * (1 / E4M3_MAX)  # as XLA compiles a division by a constant
 
 
 def quantize(x: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], Float[Array, " T"]]:
