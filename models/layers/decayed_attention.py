@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.models.layers import recurrence
+from jaxserve.pallas_kernels import decayed_state
+
 CHUNK = 128  # tokens that attend to each other directly; earlier ones are in the state
 
 
@@ -27,6 +31,17 @@ class Inputs(NamedTuple):
     k: Array
     v: Array
     decay: Array
+
+
+def run(
+    pool: Float[Array, "slots heads P N"], inputs: Inputs, batch: StepBatch, runtime: Runtime
+) -> tuple[Float[Array, "slots heads P N"], Float[Array, "T heads P"]]:
+    """The recurrence over a step's tokens; see recurrence.run. Heads of several devices are XLA's to cut."""
+    is_whole = runtime.mesh is None or runtime.mesh.size == 1
+    if batch.is_decode and runtime.attention == "mosaic_gpu" and is_whole and decayed_state.serves(pool):
+        return decayed_state.advance(pool, *inputs, batch.slots, batch.starts)
+    result: tuple[Array, Array] = recurrence.run(pool, inputs, batch, step=step, chunk=chunk, chunk_size=CHUNK)
+    return result
 
 
 def step(states: Float[Array, "B heads P N"], inputs: Inputs) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec, StepBatch
-from jaxserve.models.layers import decayed_attention, recurrence
+from jaxserve.models.layers import decayed_attention
 from jaxserve.models.layers.linear import linear, parameter, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.rope import Rotation
@@ -42,14 +42,7 @@ class Lightning(nnx.Module):
         qkv = ACTIVATIONS[spec.activation](linear(x, self.qkv.get_value())).astype(jnp.float32)  # [T, N, 3, H]
         decay = jnp.broadcast_to(-jnp.array(spec.decays, jnp.float32), qkv.shape[:2])
         inputs = decayed_attention.Inputs(q=qkv[:, :, 0], k=qkv[:, :, 1], v=qkv[:, :, 2], decay=decay)
-        pool, y = recurrence.run(
-            caches[0],
-            inputs,
-            batch,
-            step=decayed_attention.step,
-            chunk=decayed_attention.chunk,
-            chunk_size=decayed_attention.CHUNK,
-        )
+        pool, y = decayed_attention.run(caches[0], inputs, batch, runtime)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + spec.norm_eps)
         y *= self.norm.get_value().astype(jnp.float32) * jax.nn.sigmoid(linear(x, self.gate.get_value()).astype(jnp.float32))
         return linear(y.astype(x.dtype), self.out.get_value(), contract=2), (pool,)

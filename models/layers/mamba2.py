@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec, StepBatch
-from jaxserve.models.layers import decayed_attention, recurrence
+from jaxserve.models.layers import decayed_attention
 from jaxserve.models.layers.linear import linear, parameter, value, weight
 from jaxserve.models.layers.mlp import ACTIVATIONS
 from jaxserve.models.layers.rope import Rotation
@@ -72,9 +72,7 @@ class Mamba2(nnx.Module):
         dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias.get_value()), spec.dt_min, spec.dt_max)
         decay = -jnp.exp(self.a_log.get_value()) * dt
         inputs = decayed_attention.Inputs(q=bc[:, 1], k=bc[:, 0], v=u * dt[..., None], decay=decay)
-        pool, y = recurrence.run(
-            pool, inputs, batch, step=decayed_attention.step, chunk=decayed_attention.chunk, chunk_size=decayed_attention.CHUNK
-        )
+        pool, y = decayed_attention.run(pool, inputs, batch, runtime)
         y += u * self.skip.get_value()[:, None]
         y = self._gate(y, zx[:, 0].astype(jnp.float32) * by_z)
         return linear(y.astype(x.dtype), self.out.get_value(), value(self.out_bias), contract=2), (x_pool, bc_pool, pool)

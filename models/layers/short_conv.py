@@ -51,6 +51,8 @@ def last_inputs(
         return [], pool
     before = read_states(pool, batch.slots, batch.starts)  # [B, back, ..]
     if batch.is_decode:
+        # Read before it is written: XLA would read the pool where it needs these, and keep a copy of all of it for that.
+        before = jax.lax.optimization_barrier(before)
         inputs = [before[:, i] for i in range(back)]
         return inputs, write_states(pool, jnp.concatenate([before[:, 1:], x[:, None].astype(pool.dtype)], axis=1), batch.slots)
     row = token_rows(batch)
