@@ -157,9 +157,13 @@ def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtim
     forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
     # A branch on the device saves programs, for 0.1 ms a step on a CPU; on a GPU the host waits for what it depends on.
     is_branching = runtime.platform != "gpu"
-    whole, blocks = (Mode.SHAPED, (Mode.LOGPROBS,)) if is_branching else (Mode.PLAIN, (Mode.FULL, Mode.LOGPROBS))
-    samples = [_sample(n, whole, is_branching, inputs) for n in inputs.buckets.samples]
-    samples += [_sample_block(mode, is_branching, inputs) for mode in blocks]
+    how = {"is_branching": is_branching, "implementation": runtime.attention}
+    blocks = [Mode.LOGPROBS]
+    whole = Mode.SHAPED if is_branching else Mode.FULL
+    if not is_branching and runtime.attention != "mosaic_gpu":  # XLA's search would cost those rows too that want none
+        whole, blocks = Mode.PLAIN, [Mode.FULL, Mode.LOGPROBS]
+    samples = [_sample(n, whole, how, inputs) for n in inputs.buckets.samples]
+    samples += [_sample_block(mode, how, inputs) for mode in blocks]
     stage = [_stage(inputs)] if runtime.platform == "gpu" else []  # addresses matter to CUDA graphs alone
     states = [_copies("copy_states", inputs, inputs.is_state)] if any(inputs.is_state) else []
     pages = _copies("copy_pages", inputs, tuple(not is_state for is_state in inputs.is_state))
@@ -201,12 +205,12 @@ _COLLECTIVES_IN_GRAPH: CompilerOptions = {
 }
 
 
-def _sample(num_samples: int, mode: Mode, is_branching: bool, inputs: ProgramInputs) -> Program:
+def _sample(num_samples: int, mode: Mode, how: dict[str, Any], inputs: ProgramInputs) -> Program:
     """Samples rows; what it keeps by slot is donated."""
     return Program(
         name=f"sample {num_samples} {mode.value}",
         key=(num_samples, mode),
-        function=partial(step.sample, mode=mode, is_branching=is_branching),
+        function=partial(step.sample, mode=mode, **how),
         arguments=(
             inputs.results(num_samples),
             inputs.last_tokens,
@@ -217,14 +221,14 @@ def _sample(num_samples: int, mode: Mode, is_branching: bool, inputs: ProgramInp
     )
 
 
-def _sample_block(mode: Mode, is_branching: bool, inputs: ProgramInputs) -> Program:
+def _sample_block(mode: Mode, how: dict[str, Any], inputs: ProgramInputs) -> Program:
     """Samples some rows of results of any size; what it keeps by slot is donated."""
     results = tuple(inputs.results(n) for n in inputs.buckets.samples)
     shaping = inputs.shaping if mode.needs_shaping else None
     return Program(
         name=f"sample {mode.value}",
         key=mode,
-        function=partial(step.sample_block, rows=inputs.buckets.block, mode=mode, is_branching=is_branching),
+        function=partial(step.sample_block, rows=inputs.buckets.block, mode=mode, **how),
         arguments=(results, inputs.array((2,)), inputs.last_tokens, shaping),
         donated=(2, 3),
         out_shardings=inputs.shardings.replicated,

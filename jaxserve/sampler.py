@@ -1,7 +1,6 @@
 """Logits -> tokens and log probabilities, on the device. Every parameter is data; only the Mode is compiled in.
 
-No sort over the vocabulary: top-k and top-p are thresholds, found digit by digit over the bits of the logits, which is exact.
-Ties at a threshold are kept, as in vLLM.
+No sort over the vocabulary: top-k, top-p and min-p are one threshold a row (pallas_kernels/kept_tokens), which is exact.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
+from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept, order_of
+from jaxserve.pallas_kernels.paged_attention import Implementation
 from jaxserve.plan import (
     MIN_P,
     NO_TARGET,
@@ -56,6 +57,7 @@ def sample(
     shaping: Shaping | None = None,
     *,
     is_branching: bool = False,
+    implementation: Implementation = "xla",
 ) -> tuple[dict[str, Array], Shaping | None]:
     """Samples one token a row.
 
@@ -67,6 +69,7 @@ def sample(
         mode: see Mode.
         shaping: the penalties and biases by slot, for the modes that have them.
         is_branching: find out on the device what these rows need of the mode, and do no more.
+        implementation: what finds the tokens that top-k, top-p and min-p keep.
 
     Returns:
         (outputs, shaping after these tokens). Outputs: tokens [S], NO_TOKEN where there is none; with Mode.LOGPROBS also logprob and rank of the token
@@ -75,10 +78,10 @@ def sample(
     """
     raw = logits.astype(jnp.float32)
     if is_branching:
-        tokens = _tokens_as_needed(raw, samples, shaping)
+        tokens = _tokens_as_needed(raw, samples, shaping, implementation)
     else:
         noise = None if mode is Mode.GREEDY else _gumbel(samples, raw.shape[1])
-        tokens = _tokens(raw, samples, shaping, noise, mode=mode)
+        tokens = _tokens(raw, samples, shaping, noise, mode=mode, implementation=implementation)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
     outputs = {"tokens": tokens}
@@ -88,7 +91,9 @@ def sample(
     return outputs, shaping
 
 
-def _tokens_as_needed(raw: Float[Array, "S V"], samples: Int[Array, "S fields"], shaping: Shaping | None) -> Int[Array, " S"]:
+def _tokens_as_needed(
+    raw: Float[Array, "S V"], samples: Int[Array, "S fields"], shaping: Shaping | None, implementation: Implementation
+) -> Int[Array, " S"]:
     """The tokens by the least mode that these rows need.
 
     The noise is drawn before the branch that adds it: XLA for TPUs took minutes to compile it into each search for the best
@@ -98,7 +103,7 @@ def _tokens_as_needed(raw: Float[Array, "S V"], samples: Int[Array, "S fields"],
     modes = [m for m in (Mode.PLAIN, Mode.FULL, Mode.SHAPED) if shaping is not None or not m.needs_shaping]
 
     def drawn() -> Array:
-        branches = [partial(_tokens, mode=m) for m in modes]
+        branches = [partial(_tokens, mode=m, implementation=implementation) for m in modes]
         tokens: Array = lax.switch(needed - 1, branches, raw, samples, shaping, _gumbel(samples, raw.shape[1]))
         return tokens
 
@@ -120,11 +125,12 @@ def _tokens(
     noise: Float[Array, "S V"] | None,
     *,
     mode: Mode,
+    implementation: Implementation = "xla",
 ) -> Int[Array, " S"]:
     """The row's tokens, the best ones without noise; NO_TOKEN where the best logit is not finite."""
     logits = shape_logits(raw, shaping, samples) if shaping is not None and mode.needs_shaping else raw
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, where there is one
-    tokens = greedy if noise is None else _draw(logits, samples, mode, greedy, noise)
+    tokens = greedy if noise is None else _draw(logits, samples, mode, greedy, noise, implementation)
     best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
     return jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
 
@@ -135,14 +141,30 @@ def _draw(
     mode: Mode,
     greedy: Int[Array, " S"],
     noise: Float[Array, "S V"],
+    implementation: Implementation,
 ) -> Int[Array, " S"]:
     """A token of each row's distribution; the best one where its temperature is 0."""
     temperature = bits_to_float(samples[:, TEMPERATURE])
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    cuts = cuts_of(samples)
+    # A choice, so that no compiler adds the noise within the product: every mode must round alike.
+    scaled = jnp.where((temperature > 0)[:, None], logits * cuts.scale[:, None], logits)
     if mode is not Mode.PLAIN:
-        scaled = jnp.where(_kept(scaled, samples), scaled, -jnp.inf)
+        least = least_kept(logits, cuts, implementation)
+        scaled = jnp.where(order_of(scaled) >= least[:, None], scaled, -jnp.inf)
     drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
     return jnp.where(temperature > 0, drawn, greedy)
+
+
+def cuts_of(samples: Int[Array, "S fields"]) -> Cuts:
+    """What each row keeps: everything where its temperature is 0, which costs a kernel nothing."""
+    temperature = bits_to_float(samples[:, TEMPERATURE])
+    is_drawn = temperature > 0
+    return Cuts(
+        scale=1 / jnp.where(is_drawn, temperature, 1),
+        top_k=jnp.where(is_drawn, samples[:, TOP_K], 0),
+        top_p=jnp.where(is_drawn, bits_to_float(samples[:, TOP_P]), 1),
+        min_p=jnp.where(is_drawn, bits_to_float(samples[:, MIN_P]), 0),
+    )
 
 
 def _gumbel(samples: Int[Array, "S fields"], vocab_size: int) -> Float[Array, "S V"]:
@@ -176,58 +198,6 @@ def _threefry(key0: UInt[Array, "S 1"], key1: UInt[Array, "S 1"], counter: UInt[
             n = i // 4 + 1
             x, y = x + keys[n % 3], y + keys[(n + 1) % 3] + jnp.uint32(n)
     return x
-
-
-def _kept(logits: Float[Array, "S V"], samples: Int[Array, "S fields"]) -> Bool[Array, "S V"]:
-    """Which tokens top-k, then top-p among those, and min-p leave."""
-    vocab_size = logits.shape[1]
-    order = _ordered_bits(logits)
-    top_k = samples[:, TOP_K]
-    top_k = jnp.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
-    kth = _largest_threshold(order, jnp.ones_like(logits), top_k.astype(jnp.float32))
-    kept = order >= kth[:, None]
-
-    weights = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)
-    top_p = bits_to_float(samples[:, TOP_P])
-    nucleus = _largest_threshold(order, weights, top_p * jnp.sum(weights, axis=-1))
-    kept &= (order >= nucleus[:, None]) | (top_p >= 1)[:, None]
-    return kept & (weights >= bits_to_float(samples[:, MIN_P])[:, None])
-
-
-def _ordered_bits(x: Float[Array, "S V"]) -> UInt[Array, "S V"]:
-    """uint32 that compare as the floats do."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest_threshold(order: UInt[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, " S"]) -> UInt[Array, " S"]:
-    """The largest t for which the weights of the entries >= t still add up to `wanted`.
-
-    A GPU reads the logits in about the time that it takes to compare them 15 times, so that digits of 4 bits need a quarter of
-    the passes; a CPU compares no faster than it reads.
-    """
-    by_bits, by_fours = partial(_search, digit_bits=1), partial(_search, digit_bits=4)
-    threshold: Array = lax.platform_dependent(order, weights, wanted, default=by_bits, cuda=by_fours)
-    return threshold
-
-
-def _search(
-    order: UInt[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, " S"], *, digit_bits: int
-) -> UInt[Array, " S"]:
-    """_largest_threshold, digit by digit from the top; each takes one pass."""
-    zero = jnp.zeros((), weights.dtype)
-
-    def next_digit(i: Array, threshold: UInt[Array, " S"]) -> UInt[Array, " S"]:
-        shift = (32 - digit_bits * (i + 1)).astype(jnp.uint32)
-        candidates = [threshold | (jnp.uint32(digit) << shift) for digit in range(1, 2**digit_bits)]
-        above = [jnp.where(order >= candidate[:, None], weights, 0) for candidate in candidates]
-        # One reduction of many operands, where sums of their own would be kernels of their own.
-        sums = lax.reduce(above, [zero] * len(above), lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
-        digit = jnp.sum(jnp.stack(sums) >= wanted, axis=0, dtype=jnp.uint32)
-        return threshold | (digit << shift)
-
-    threshold: Array = lax.fori_loop(0, 32 // digit_bits, next_digit, jnp.zeros(order.shape[0], jnp.uint32))
-    return threshold
 
 
 def _logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> dict[str, Array]:

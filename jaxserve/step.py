@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve import sampler
 from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.pallas_kernels.paged_attention import Implementation
 from jaxserve.plan import SLOT, PlanShape, apply_page_updates, step_batch, unpack
 from jaxserve.shaping import Shaping
 
@@ -88,13 +89,16 @@ def sample(
     *,
     mode: sampler.Mode,
     is_branching: bool = False,
+    implementation: Implementation = "xla",
 ) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
     """Samples each row and keeps its token by slot for the next forward.
 
     Returns:
         last_tokens with the new tokens, the shaping state after them, and what the host reads: see sampler.sample.
     """
-    out, shaping = sampler.sample(results.logits, results.samples, mode, shaping, is_branching=is_branching)
+    out, shaping = sampler.sample(
+        results.logits, results.samples, mode, shaping, is_branching=is_branching, implementation=implementation
+    )
     return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
 
 
@@ -107,6 +111,7 @@ def sample_block(
     rows: int,
     mode: sampler.Mode,
     is_branching: bool = False,
+    implementation: Implementation = "xla",
 ) -> tuple[Int[Array, " slots"], Shaping | None, dict[str, Array]]:
     """Samples some rows of some results: one program for steps of every size.
 
@@ -123,7 +128,8 @@ def sample_block(
 
     logits = rows_of([r.logits for r in results], 0)
     samples = rows_of([r.samples for r in results], np.iinfo(np.int32).max)  # a slot past the end
-    return sample(ForwardResults(logits, samples), last_tokens, shaping, mode=mode, is_branching=is_branching)
+    cut = ForwardResults(logits, samples)
+    return sample(cut, last_tokens, shaping, mode=mode, is_branching=is_branching, implementation=implementation)
 
 
 def copy_entries(

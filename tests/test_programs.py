@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,14 +178,19 @@ def test_each_mode_and_size_has_a_sample_program() -> None:
 
 
 @pytest.mark.parametrize(
-    "platform, sizes, most",
-    [("cpu", (16, 512), 12), ("tpu", (256, 8192), 13), ("gpu", (256, 8192), 15)],
+    "platform, attention, sizes, most",
+    [
+        ("cpu", "xla", (16, 512), 12),
+        ("tpu", "mosaic_tpu", (256, 8192), 13),
+        ("gpu", "mosaic_gpu", (256, 8192), 14),
+        ("gpu", "xla", (256, 8192), 15),
+    ],
 )
-def test_the_declared_list_is_short(platform: Literal["cpu", "gpu", "tpu"], sizes: tuple[int, int], most: int) -> None:
+def test_the_declared_list_is_short(platform: Any, attention: Any, sizes: tuple[int, int], most: int) -> None:
     """At the default sizes."""
     inputs = compiled_inputs()
     buckets = choose_buckets(platform, *sizes, pages_per_slot=512, page_size=16)
-    runtime = Runtime(platform, inputs.shardings.mesh)
+    runtime = Runtime(platform, inputs.shardings.mesh, attention)
     programs = declare_programs(replace(inputs, buckets=buckets), lambda *_: pytest.fail("traced"), runtime)
     assert len(programs) == most
     assert len({program.key for program in programs}) == most

@@ -226,19 +226,6 @@ def test_the_likeliest_tokens_are_those_of_a_sort() -> None:
     np.testing.assert_array_equal(values, np.take_along_axis(logprobs, want, axis=-1))
 
 
-@pytest.mark.parametrize("digit_bits", [1, 4])
-def test_a_threshold_leaves_what_is_wanted(digit_bits: int) -> None:
-    rng = np.random.default_rng(8)
-    order = rng.integers(0, 2**32, (5, 300), dtype=np.uint32)
-    order[1], order[2, ::2] = 7, 2**32 - 1
-    weights = rng.integers(0, 9, order.shape).astype(np.float32)
-    wanted = np.array([0.3, 0.5, 0.1, 0.99, 1.0], np.float32) * weights.sum(-1)
-    found = jax.jit(partial(sampler._search, digit_bits=digit_bits))(order, weights, wanted)
-    for values, weight, want, threshold in zip(order, weights, wanted, np.asarray(found), strict=True):
-        assert weight[values >= threshold].sum() >= want
-        assert threshold == 2**32 - 1 or weight[values >= threshold + 1].sum() < want
-
-
 def test_blocks_of_rows_are_sampled_as_all_are() -> None:
     """Of each of the results; also where a block ends past them."""
     mode, rng = Mode.SHAPED, np.random.default_rng(7)

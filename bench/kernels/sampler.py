@@ -1,9 +1,9 @@
 """Times the sampler's programs on one GPU: PYTHONPATH=. python bench/kernels/sampler.py [--out FILE].
 
-The programs as the engine declares them, on float32 logits of a vocabulary of 128,256: microseconds a call back to back (the
-device's time with launches), and what the host takes to send one. Beside them what might be better: thresholds by other digits,
-loops as part of the CUDA graph or unrolled, and the program that branches on the device, which is in the engine only if sending it
-does not wait for what is before it (`waits`: the time to send it behind 20 ms of other work).
+The programs as the engine declares them, on float32 logits of a vocabulary of 128,256, normal with a standard deviation of 3, peaked
+as a model's or flat: microseconds a call back to back (the device's time with launches), and what the host takes to send one; `waits`
+is the time to send it behind 20 ms of other work. Beside them the kernel that finds thresholds alone, and XLA in its place, and
+how many rows of each case would keep other tokens by XLA's search (sums of top-p are rounded differently).
 """
 
 from __future__ import annotations
@@ -22,77 +22,68 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import sampler, shaping, step
+from jaxserve.pallas_kernels.kept_tokens import least_kept, order_of
 from jaxserve.plan import NO_TARGET, POSITION, SEED_LOW, SLOT, TARGET
 from jaxserve.request import RequestGroup, sample_fields
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import SamplingParams
 
-GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"}
-UNROLLED = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_FULL_UNROLL"}
 ASKED = {
-    Mode.GREEDY: SamplingParams(temperature=0.0),
-    Mode.PLAIN: SamplingParams(),
-    Mode.FULL: SamplingParams(temperature=0.7, top_p=0.9, top_k=50, min_p=0.01),
-    Mode.SHAPED: SamplingParams(temperature=0.7, top_p=0.9, frequency_penalty=0.5),
-    Mode.LOGPROBS: SamplingParams(logprobs=5),
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature": SamplingParams(temperature=0.7),
+    "top-k": SamplingParams(temperature=0.7, top_k=50),
+    "top-p": SamplingParams(temperature=0.7, top_p=0.9),
+    "top-p, heat 1": SamplingParams(top_p=0.9),
+    "top-k, top-p, min-p": SamplingParams(temperature=0.7, top_p=0.9, top_k=50, min_p=0.01),
+    "min-p": SamplingParams(min_p=0.05),
+    "each eighth top-p": SamplingParams(top_p=0.9),
+    "penalties": SamplingParams(temperature=0.7, top_p=0.9, frequency_penalty=0.5),
+    "log probabilities": SamplingParams(logprobs=5),
 }
-Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]
+Arguments = tuple[Any, ...]
 
 
-def results_of(mode: Mode, rows: int, vocab: int) -> step.ForwardResults:
-    fields = np.tile(sample_fields(RequestGroup("", [1], ASKED[mode], 16, frozenset()), 1), (rows, 1))
+def results_of(asked: str, rows: int, logits: jax.Array) -> step.ForwardResults:
+    def row(params: SamplingParams) -> Any:
+        return sample_fields(RequestGroup("", [1], params, 16, frozenset()), 1)
+
+    fields = np.tile(row(ASKED[asked]), (rows, 1))
+    if "eighth" in asked:
+        fields[np.arange(rows) % 8 > 0] = row(ASKED["temperature"])
     fields[:, SLOT] = fields[:, SEED_LOW] = np.arange(rows)
     fields[:, POSITION], fields[:, TARGET] = 5, NO_TARGET
-    return step.ForwardResults(3 * jax.random.normal(jax.random.key(rows), (rows, vocab)), jnp.asarray(fields))
+    return step.ForwardResults(logits, jnp.asarray(fields))
+
+
+def logits_of(rows: int, vocab: int) -> dict[str, jax.Array]:
+    """Peaked: what text makes of a vocabulary, by Zipf's law with an exponent of 1.7, in random order."""
+    normal = jax.random.normal(jax.random.key(rows), (rows, vocab))
+    ranks = jnp.arange(1, vocab + 1, dtype=jnp.float32)
+    peaked = jax.vmap(jax.random.permutation, (0, None))(jax.random.split(jax.random.key(1), rows), -1.7 * jnp.log(ranks))
+    return {"normal": 3 * normal, "peaked": peaked + 0.5 * normal, "flat": 0.1 * normal}
 
 
 def state_of(mode: Mode, slots: int, vocab: int) -> shaping.Shaping | None:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shaping.shape_like(slots, vocab)) if mode.needs_shaping else None
 
 
-def with_digits(bits: int, *arguments: Any) -> Any:
-    """Mode.FULL of whole results, with digits of so many bits; not to be traced beside others."""
-    threshold = sampler._largest_threshold
-    sampler._largest_threshold = partial(sampler._search, digit_bits=bits)
-    try:
-        return step.sample(*arguments, mode=Mode.FULL)
-    finally:
-        sampler._largest_threshold = threshold
-
-
-def cases(sizes: list[int], vocab: int) -> dict[str, Case]:
-    """Name -> (function, arguments but the last two, XLA's options), the most wanted first."""
-    small, block, most = sizes
-    found: dict[str, Case] = {}
-
-    def add(name: str, function: Callable[..., Any], mode: Mode, rows: int, options: dict[str, str] | None = None) -> None:
-        found[f"{name}, {rows} rows"] = function, (results_of(mode, rows, vocab),), options or {}
-
-    for rows in (most, block, small):
-        add("greedy and temperature", partial(step.sample, mode=Mode.PLAIN), Mode.PLAIN, rows)
-    for mode in (Mode.FULL, Mode.LOGPROBS):
-        everything = tuple(results_of(mode, rows, vocab) for rows in sizes)
-        function = partial(step.sample_block, rows=block, mode=mode)
-        found[f"{mode.value}, a block of {block} rows"] = function, (everything, jnp.array([2, 0])), {}
-    for rows in (most, block):
-        add("full", partial(step.sample, mode=Mode.FULL), Mode.FULL, rows)
-        add("full, loops in the graph", partial(step.sample, mode=Mode.FULL), Mode.FULL, rows, GRAPH)
-    add("full, loops unrolled", partial(step.sample, mode=Mode.FULL), Mode.FULL, block, UNROLLED)
-    add("greedy alone", partial(step.sample, mode=Mode.GREEDY), Mode.GREEDY, most)
-    for mode in (Mode.GREEDY, Mode.FULL):
-        branching = partial(step.sample, mode=Mode.FULL, is_branching=True)
-        add(f"branching, for {mode.value}", branching, mode, block)
-        add(f"branching in the graph, for {mode.value}", branching, mode, block, GRAPH)
-    for bits in (1, 2):
-        add(f"full, digits of {bits} bits", partial(with_digits, bits), Mode.FULL, most)
+def programs(sizes: list[int], vocab: int) -> dict[tuple[str, int], Callable[..., Any]]:
+    """What is timed, by its name and number of rows; functions of (results, last tokens, shaping)."""
+    found: dict[tuple[str, int], Callable[..., Any]] = {}
+    for rows in reversed(sizes):
+        found["sample", rows] = partial(step.sample, mode=Mode.FULL, implementation="mosaic_gpu")
+        found["threshold", rows] = partial(threshold, implementation="mosaic_gpu")
+    found["threshold by XLA", sizes[-1]] = partial(threshold, implementation="xla")
+    found["everything, a block", sizes[1]] = partial(
+        step.sample_block, rows=sizes[1], mode=Mode.LOGPROBS, implementation="mosaic_gpu"
+    )
     return found
 
 
-def traced(case: Case, last: jax.Array, state: Any) -> Callable[[], Any]:
-    """What compiles the case."""
-    function, arguments, options = case
-    jitted = jax.jit(function, donate_argnums=(len(arguments), len(arguments) + 1))
-    return partial(jitted.lower(*arguments, last, state).compile, options)
+def threshold(results: step.ForwardResults, last: jax.Array, state: Any, *, implementation: Any) -> Any:
+    """The thresholds alone, as a sample program's results."""
+    cuts = sampler.cuts_of(results.samples)
+    return last, state, least_kept(results.logits, cuts, implementation)
 
 
 def measure(
@@ -123,39 +114,92 @@ def measure(
     return {name: round(value, 1) for name, value in found.items()}
 
 
+def cases(sizes: list[int]) -> list[tuple[str, int, str, str]]:
+    """(program, rows, logits, asked), the most wanted first."""
+    _, block, most = sizes
+    found = [("sample", most, kind, "top-k, top-p, min-p") for kind in ("normal", "peaked", "flat")]
+    found += [("sample", most, "normal", asked) for asked in ("temperature", "greedy")]
+    found += [
+        ("threshold", rows, kind, asked)
+        for rows in reversed(sizes)
+        for kind in ("normal", "peaked", "flat")
+        for asked in ("top-k", "top-p", "top-k, top-p, min-p")
+    ]
+    found += [("threshold", most, "normal", asked) for asked in ("top-p, heat 1", "min-p", "each eighth top-p", "temperature")]
+    found += [("sample", rows, kind, "top-k, top-p, min-p") for rows in sizes[:2] for kind in ("normal", "peaked")]
+    found += [("sample", rows, "normal", "temperature") for rows in sizes[:2]]
+    found += [("everything, a block", block, "normal", asked) for asked in ("log probabilities", "penalties")]
+    return [*found, ("threshold by XLA", most, "normal", "top-k, top-p, min-p")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs=3, default=[16, 64, 256])
     parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--seconds", type=float, default=60, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=55, help="begin nothing new after so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin, device = time.perf_counter(), jax.devices()[0]
-    size = 8192 if device.platform == "gpu" else 128
+    is_gpu = device.platform == "gpu"
+    size = 8192 if is_gpu else 128
     matrix = jnp.ones((size, size), jnp.bfloat16)
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 12, lambda _, y: (y @ x) / size, x))
     jax.block_until_ready(multiply(matrix))
-    wanted = cases(args.rows, args.vocab)
     slots = args.rows[-1]
+    logits = {rows: jax.jit(logits_of, static_argnums=(0, 1))(rows, args.vocab) for rows in args.rows}
 
     def fresh(name: str) -> tuple[jax.Array, Any]:
-        return jnp.zeros(slots, jnp.int32), state_of(Mode.LOGPROBS if "logprobs" in name else Mode.FULL, slots, args.vocab)
+        return jnp.zeros(slots, jnp.int32), state_of(Mode.LOGPROBS if "everything" in name else Mode.FULL, slots, args.vocab)
+
+    def arguments(name: str, rows: int, kind: str, asked: str) -> Arguments:
+        if "block" not in name:
+            return (results_of(asked, rows, logits[rows][kind]),)
+        return tuple(results_of(asked, n, logits[n][kind]) for n in args.rows), jnp.array([2, 0])
+
+    def compiled(name: str, rows: int, function: Callable[..., Any]) -> Any:
+        of = arguments(name, rows, "normal", "greedy")
+        if not is_gpu:
+            function.keywords["implementation"] = "xla"  # type: ignore[attr-defined]
+        return jax.jit(function, donate_argnums=(len(of), len(of) + 1)).lower(*of, *fresh(name)).compile()
 
     figures: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "vocab": args.vocab, "cases": {}}
-    pool = ThreadPoolExecutor(12)
-    programs = {name: pool.submit(traced(case, *fresh(name))) for name, case in wanted.items()}
-    for name, (_, arguments, _) in wanted.items():
-        if time.perf_counter() - begin > args.seconds:
-            figures["cases"][name] = {"left out": "for want of time"}
-            continue
-        try:
-            figures["cases"][name] = measure(programs[name].result(), arguments, *fresh(name), partial(multiply, matrix))
-        except Exception as error:  # noqa: BLE001  the others are still wanted
-            figures["cases"][name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-        print(f"{name:45}", figures["cases"][name], flush=True)
+
+    def tell(name: str, found: dict[str, Any]) -> None:
+        figures["cases"][name] = found
+        print(f"{name:60}", found, flush=True)
         if args.out:
             args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+    pool = ThreadPoolExecutor(12)
+    jobs = {key: pool.submit(compiled, *key, function) for key, function in programs(args.rows, args.vocab).items()}
+    for name, rows, kind, asked in cases(args.rows):
+        title = f"{name}, {rows} rows, {kind}, {asked}"
+        if time.perf_counter() - begin > args.seconds:
+            tell(title, {"left out": "for want of time"})
+            continue
+        try:
+            of = arguments(name, rows, kind, asked)
+            found: dict[str, Any] = measure(jobs[name, rows].result(), of, *fresh(name), partial(multiply, matrix))
+            if name == "threshold" and rows == slots:
+                found["rows not as XLA's"] = differing(jobs, rows, of[0], fresh(name))
+        except Exception as error:  # noqa: BLE001  the others are still wanted
+            found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        tell(title, found)
     pool.shutdown(wait=False, cancel_futures=True)
+
+
+def differing(
+    jobs: dict[tuple[str, int], Any], rows: int, results: step.ForwardResults, state: tuple[jax.Array, Any]
+) -> list[int]:
+    """How many tokens more or fewer than XLA's search each row keeps where it is not as many; at most 8 rows."""
+    last, shaping = state
+    thresholds = []
+    for name in ("threshold", "threshold by XLA"):
+        last, shaping, least = jobs[name, rows].result()(results, last, shaping)
+        thresholds.append(least)
+    order = order_of(results.logits * sampler.cuts_of(results.samples).scale[:, None])
+    ours, xla = (np.asarray(jnp.sum(order >= least[:, None], axis=1)) for least in thresholds)
+    return [int(d) for d in (ours - xla)[ours != xla][:8]]
 
 
 if __name__ == "__main__":

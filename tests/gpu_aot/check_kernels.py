@@ -1,4 +1,4 @@
-"""For an H100 that is not there: attention and matmul kernels and a small model's step compile for sm_90a; nothing spills.
+"""For an H100 that is not there: attention, matmul and sampling kernels and a small model's step compile for sm_90a; nothing spills.
 
 `make test-gpu-aot`, in an environment of its own: jax's CUDA packages are large, and beside them jax looks for a driver.
 """
@@ -19,8 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.kernels.compile import VARIANTS, build
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
+from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
+from jaxserve.programs import compile_program, declare_programs
 from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
 from tests.tpu.steps import compile_step, count_collectives, plan, write_config
@@ -126,6 +128,31 @@ def test_a_step_runs_kernels_and_spills_nothing(
 def assert_pools_stay(model: Build, text: str) -> None:
     for cache_ in model.inputs().state.caches:
         assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "a pool is copied"
+
+
+@pytest.mark.parametrize("vocab", [600, 50257, 128256, 262144])
+def test_thresholds_spill_nothing(vocab: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+    def find(logits: jax.Array, top_k: jax.Array, x: jax.Array) -> jax.Array:
+        return least_kept(logits, Cuts(x, top_k, x, x), "mosaic_gpu")
+
+    jax.jit(find).lower(array(64, vocab), array(64, dtype=jnp.int32), array(64)).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert found and max(found) == 0
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_sample_program_finds_thresholds_by_the_kernel(devices: int, tmp_path: Path) -> None:
+    """Each device its own copy, of all rows: nothing is exchanged."""
+    model = plan(write_config(tmp_path, num_hidden_layers=1), f"gpu:h100:{devices}", devices)
+    programs = [p for p in declare_programs(model.inputs(), model.model.apply, model.runtime) if p.name.startswith("sample")]
+    assert [p.name for p in programs] == ["sample 16 full", "sample 64 full", "sample 256 full", "sample logprobs"]
+    for program in programs[-2:]:
+        text = compile_program(program, model.runtime)[0].as_text()
+        assert text.count('custom_call_target="mosaic_gpu') == 1
+        assert not count_collectives(text)
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
