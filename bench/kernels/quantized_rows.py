@@ -3,6 +3,7 @@
 What stands between the matmuls of an fp8 layer: attention's output rounded, a norm rounded, a gated activation rounded, and, for
 bfloat16 too, rope with the page write; the kernels in every size of thread block, and XLA's own fusions of the same. Microseconds an
 operation, of many in one CUDA graph, so with what a launch costs there; `differ` is the share of values unlike the reference's.
+On a CPU the fusions alone run, to try this out.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.models.layers.rope import rotate
 from jaxserve.pallas_kernels.paged_attention import Implementation, mosaic_gpu_rope, rotate_and_write, write_kv
@@ -148,7 +147,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256, 8192])
     parser.add_argument("--widths", type=int, nargs=2, default=[4096, 14336], help="of the model and of its ffn")
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 8192], help="rows at which sizes of thread blocks are tried")
-    parser.add_argument("--interpret", action="store_true", help="kernels in Pallas' interpreter, to try this out on a CPU")
     parser.add_argument("--seconds", type=float, default=40, help="begin nothing new after so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -156,18 +154,17 @@ def main() -> None:
     figures: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "widths": args.widths, "us": {}}
     pool, cases = ThreadPoolExecutor(12), []
     for rows in args.rows:
-        count = 2 if args.interpret else 32 if rows <= 256 else 4
+        count = 32 if rows <= 256 else 4
         for name, (width, check, xla, kernel, configs) in operations(*args.widths).items():
             arguments = inputs_of(name, rows, width)
             want = pool.submit(jax.jit(check), *arguments)
             sizes = configs if rows in args.sizes else {"": None}
             ways = {"xla": xla}
-            for size in () if args.interpret and name.startswith("rope") else sizes:
+            for size in sizes if device.platform == "gpu" else ():
                 ways[f"kernel {size}".strip()] = kernel if name.startswith("rope") else partial(kernel, config=sizes[size])
             for way, operation in ways.items():
                 program = (repeated_rope if name.startswith("rope") else repeated)(operation, count)
-                with plgpu.force_gpu_interpret_mode() if args.interpret else nullcontext():
-                    lowered = jax.jit(program).lower(*arguments)
+                lowered = jax.jit(program).lower(*arguments)
                 cases.append((f"{name}, {rows} rows, {way}", pool.submit(lowered.compile), arguments, count, want))
     for label, program, arguments, count, want in cases:
         if time.perf_counter() - begin > args.seconds:

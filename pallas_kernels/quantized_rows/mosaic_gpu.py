@@ -5,6 +5,7 @@ two they tell each other the row's sum of squares or largest value.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array, Float
 
+from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu_registers import WARPS, Combine, store_warp_parts
 from jaxserve.pallas_kernels.quantized_rows.reference import E4M3, scale_of
 
 plgpu: Any = _mosaic_gpu  # not typed
@@ -78,7 +80,7 @@ def quantize_normed(
         team = _Team(config, width, shared)
         rows = [team.load(x.at[row]) for row in team.rows]
         gains = team.load(gain)
-        squares = team.exchange([jnp.sum(row * row) for row in rows], jnp.add)
+        squares = team.exchange([row * row for row in rows], "add")
         normed = [row * lax.rsqrt(square / width + eps) * (gains + offset) for row, square in zip(rows, squares, strict=True)]
         team.store(normed, values, scales)
 
@@ -119,8 +121,9 @@ def _run(
         grid_names=("block",),
         num_threads=config.warpgroups,
         thread_name="wg",
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         scratch_types=[
-            plgpu.SMEM((exchanges, config.rows, config.warpgroups), jnp.float32),
+            plgpu.SMEM((exchanges * config.rows * config.warpgroups * WARPS,), jnp.float32),
             plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=exchanges),
         ],
     )(*inputs)
@@ -149,27 +152,22 @@ class _Team:
         loaded: jax.Array = plgpu.load(row.at[self.mine], layout=layout)
         return loaded.astype(jnp.float32)
 
-    def exchange(self, own: list[jax.Array], combine: Callable[[Array, Array], Array]) -> list[jax.Array]:
-        """A number of each row, from those of all parts."""
+    def exchange(self, own: list[jax.Array], combine: Combine) -> list[jax.Array]:
+        """What the numbers of each row come to, from those of all warps. Mosaic's reductions would do for one warpgroup alone."""
         i, self.exchanges = self.exchanges, self.exchanges + 1
-        for row, value in enumerate(own):
-            self.parts[i, row, self.wg] = value
+        warps = WARPS * self.config.warpgroups
+        for row, numbers in enumerate(own):
+            store_warp_parts(numbers, self.parts, (i * len(own) + row) * warps + self.wg * WARPS, combine, self.config.vector)
         plgpu.barrier_arrive(self.barriers.at[i])
         plgpu.barrier_wait(self.barriers.at[i])
-        result = []
-        for row in range(len(own)):
-            total = self.parts[i, row, 0]
-            for wg in range(1, self.config.warpgroups):
-                total = combine(total, self.parts[i, row, wg])
-            result.append(total)
-        return result
+        parts = [[self.parts[(i * len(own) + row) * warps + warp] for warp in range(warps)] for row in range(len(own))]
+        return [functools.reduce(jnp.add if combine == "add" else jnp.maximum, of_row) for of_row in parts]
 
     def store(self, rows: list[jax.Array], values: Any, scales: Any) -> None:
         """Rounds the rows and stores them with their scales."""
-        for at, row, largest in zip(
-            self.rows, rows, self.exchange([jnp.max(jnp.abs(row)) for row in rows], jnp.maximum), strict=True
-        ):
-            scale = scale_of(largest)
+        largest = self.exchange([jnp.abs(row) for row in rows], "max")
+        for at, row, of_row in zip(self.rows, rows, largest, strict=True):
+            scale = scale_of(of_row)
             values[at, self.mine] = (row / scale).astype(E4M3)
 
             @pl.when(self.wg == 0)
