@@ -3,7 +3,7 @@
 132 persistent thread blocks hold one or two pairs of a producer warpgroup (page-indexed bulk copies into a ring of stages)
 and a compute warpgroup (two wgmmas and the online softmax). The G query heads of a kv head fill the first of wgmma's 64 rows, or
 those of up to 64 / G requests that share the item's pages (mosaic_gpu_sharing.py): that is then the one difference between items.
-Each item of the plan gives a partial result and its log-sum-exp; the last of a row's splits to finish merges them
+Workers take the items of the plan one by one, from a counter. Each gives a partial result and its log-sum-exp; the last of a row's splits to finish merges them
 (flash decoding; Dao et al. 2023). Sizes are data: one compiled program serves every mix of lengths.
 """
 
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode_pages import copy_pages
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode_pages import copy_pages, num_blocks
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import BLOCK, DecodePlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
     arrive,
@@ -185,10 +185,13 @@ def _scratch(config: DecodeConfig, head_dim: int, box: int, page_type: Any, comp
         ring,  # keys
         ring,  # values
         plgpu.SMEM((2 * pairs, BLOCK, head_dim), compute_type, transforms=wide) if narrow else None,  # widened K, V
-        plgpu.SMEM((pairs * seats,), jnp.int32),  # arrive()'s and arrive_for_rows()'s values
+        plgpu.SMEM((pairs * (seats + 1),), jnp.int32),  # values of arrive() and arrive_for_rows(), then those of take()
+        plgpu.SMEM((stages,), jnp.int32),  # items, from a producer to its compute warpgroup
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=2 * pairs) if narrow else None,
@@ -217,17 +220,16 @@ class _Body:
         pairs = self.config.pairs
         pair = lax.rem(wg, pairs)
         worker = pair * self.config.ctas + cta  # neighbouring items go to different multiprocessors
-        num_workers = pairs * self.config.ctas
         num_kv_heads = kv.shape[2] // 2
 
-        def mine() -> jax.Array:
-            """How many items are this worker's. Each warpgroup computes it anew: kept from before they part, it is spilled."""
-            return lax.div(num_items[0] * num_kv_heads - worker + (num_workers - 1), num_workers)
+        def total() -> Any:
+            """How many items there are. Each warpgroup computes it anew: kept from before they part, it is spilled."""
+            return num_items[0] * num_kv_heads
 
-        def item(n: jax.Array) -> tuple[jax.Array, ...]:
+        def item(i: jax.Array) -> tuple[jax.Array, ...]:
             """row, kv head, first token, last token + 1, split, splits, first visible token, start of the rows in shared_rows and
-            their number, of this worker's n-th item."""
-            i = jnp.minimum(worker + n * num_workers, items.shape[0] * num_kv_heads - 1)
+            their number, of item i."""
+            i = jnp.minimum(i, items.shape[0] * num_kv_heads - 1)
             j = lax.div(i, num_kv_heads)
             row, lo, hi, split, count, visible = (items[j, f] for f in range(6))
             shared = (items[j, 6], items[j, 7]) if self.seats > 1 else ()
@@ -236,18 +238,19 @@ class _Body:
         @pl.when(wg >= pairs)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[0], action="decrease")
-            sizes = {"stages": self.config.stages, "page_size": self.page_size}
-            copy_pages(pair, mine(), item, kv, tables, *refs, **sizes, windowed=self.windowed)
+            sizes = {"stages": self.config.stages, "page_size": self.page_size, "workers": pairs * self.config.ctas}
+            sizes["slot_of_pair"] = pairs * self.seats
+            copy_pages(pair, worker, total(), item, kv, tables, *refs, **sizes, windowed=self.windowed)
 
         @pl.when(wg < pairs)
         def _() -> None:
             plgpu.set_max_registers(self.config.registers[1], action="increase")
-            self.compute(pair, mine(), item, q, kv, *refs)
+            self.compute(pair, total(), item, q, kv, *refs)
 
     def compute(
-        self, pair: Any, mine: Any, item: Any, q: Any, kv: Any, arrivals: Any, sharing: Any, sinks: Any, out: Any, parts: Any, lse: Any,
-        qs: Any, ks: Any, vs: Any, wide: Any, box: Any, q_full: Any, k_full: Any, v_full: Any, k_free: Any, v_free: Any,
-        wide_full: Any, wide_free: Any,
+        self, pair: Any, total_items: Any, item: Any, q: Any, kv: Any, arrivals: Any, sharing: Any, sinks: Any, out: Any,
+        parts: Any, lse: Any, qs: Any, ks: Any, vs: Any, wide: Any, box: Any, dealt: Any, q_full: Any, k_full: Any, v_full: Any,
+        k_free: Any, v_free: Any, dealt_full: Any, dealt_free: Any, wide_full: Any, wide_free: Any,
     ) -> None:  # fmt: skip
         """Attention of each item's query rows over its tokens."""
         layout = plgpu.Layout.WGMMA
@@ -258,6 +261,14 @@ class _Body:
 
         qs[pair] = plgpu.layout_cast(jnp.zeros((ROWS, dim), compute_type), layout)  # the idle rows stay finite
         plgpu.commit_smem()
+
+        def receive(n: jax.Array) -> jax.Array:
+            """The n-th item that the producer took."""
+            slot = pair * stages + lax.rem(n, stages)
+            plgpu.barrier_wait(dealt_full.at[slot])
+            i: jax.Array = dealt[slot]
+            plgpu.barrier_arrive(dealt_free.at[slot])
+            return i
 
         def alone(wanted: tuple[jax.Array, ...]) -> Decorator:
             """Runs a function if the item is of one row."""
@@ -372,10 +383,9 @@ class _Body:
                             row = shared_rows[start + i]
                             merge(row, head, num_splits[row])
 
-        def attend_item(n: jax.Array, carry: Any) -> Any:
-            t, current, pending = carry
+        def attend_item(carry: Any) -> Any:
+            n, i, t, current, pending = carry
             row, head, lo, hi, split, count, visible = current[:7]
-            following = item(n + 1)  # read early: three dependent loads stand before its first copy
             acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), layout)
             if self.has_sinks:
                 sink_row = lax.div(head, self.per_chunk)
@@ -392,7 +402,7 @@ class _Body:
 
             # 1. The blocks; only the last is masked, except under a window.
             step = functools.partial(attend, lo=lo, hi=hi, visible=visible)
-            blocks = lax.div(hi - lo + (BLOCK - 1), BLOCK)
+            blocks = num_blocks(lo, hi)
             plain = 0 if self.windowed else lax.div(hi - lo, BLOCK)
             state = (acc, top, total, t)
             if not self.windowed:
@@ -400,7 +410,10 @@ class _Body:
             acc, top, total, t = lax.fori_loop(plain, blocks, functools.partial(step, masked=True), state)
 
             # 2. The next item's queries come while this one is stored.
-            @pl.when(n + 1 < mine)
+            i = receive(n + 1)
+            following = item(i)
+
+            @pl.when(i < total_items)
             def _() -> None:
                 load_queries(following)
 
@@ -412,7 +425,7 @@ class _Body:
             #    long reached memory: the release would wait for them otherwise.
             if parts is None:
                 store_rows(acc, out, pair_index * (rows * dim), first, jnp.int32(rows), stride=dim)
-                return t, following, pending
+                return n + 1, i, t, following, pending
             settle(pending)
 
             @pl.when(count == 1)
@@ -439,15 +452,17 @@ class _Body:
                     )
                     store_tile_row_values(logsumexp, lse, members, start, size, slot * rows, group=rows, stride=row_slots * rows)
 
-            return t, following, current
+            return n + 1, i, t, following, current
 
-        head_item = item(jnp.int32(0))
+        zero = jnp.int32(0)
+        first = receive(zero)
+        head_item = item(first)
 
-        @pl.when(mine > 0)
+        @pl.when(first < total_items)
         def _() -> None:
             load_queries(head_item)
 
-        nothing = (jnp.int32(0),) * len(head_item)
-        _, _, pending = lax.fori_loop(0, mine, attend_item, (jnp.int32(0), head_item, nothing))
+        state = (zero, first, zero, head_item, (zero,) * len(head_item))
+        pending = lax.while_loop(lambda carry: carry[1] < total_items, attend_item, state)[-1]
         if parts is not None:
             settle(pending)

@@ -31,10 +31,10 @@ class DecodePlan:
     Attributes:
         items: row, first token, last token + 1, split, splits of the row, first visible token, start, rows: an item of several
             rows, whose pages of this split are the same, has them in shared_rows[start:start + rows]. Whole splits come
-            first and the remainders follow by falling size, so that dealing the items out in turn balances the workers
-            to within one item.
+            first and the remainders follow by falling size: workers take them in this order and end at about the same time.
         num_items: how many items are in use.
-        arrivals: zeros; a row's kv head counts its finished splits here, and its last one sets it back to 0.
+        arrivals: zeros; a row's kv head counts its finished splits here, and its last one sets it back to 0. The last number
+            counts the items that were taken.
         max_splits: the most splits a row can have.
         window: the sliding window the items were cut for.
         shared_rows: the rows of items of several rows.
@@ -44,7 +44,7 @@ class DecodePlan:
 
     items: Int[Array, "M 8"]
     num_items: Int[Array, "1"]
-    arrivals: Int[Array, "BK"]
+    arrivals: Int[Array, "BK+1"]
     max_splits: int
     window: int | None
     shared_rows: Int[Array, " S*B"] | None = None
@@ -59,11 +59,6 @@ def default_split(num_rows: int, num_kv_heads: int) -> int:
     """
     heads = num_rows * num_kv_heads
     return 128 if heads <= 4 else 256 if heads <= 16 else 512 if heads < 8 * WORKERS else 1024
-
-
-def splits_grow(num_rows: int, num_kv_heads: int) -> bool:
-    """Whether long rows get longer splits: where the rows alone keep every worker busy."""
-    return num_rows * num_kv_heads >= 2 * WORKERS
 
 
 def max_row_splits(num_rows: int, num_kv_heads: int) -> int:
@@ -91,7 +86,7 @@ def plan_decode(
         num_kv_heads: K of one device.
         max_len: page table width times page size: bounds the splits.
         window: the sliding window, None for full attention.
-        split: tokens of an item, a multiple of 64, but for long rows; None chooses `default_split`.
+        split: tokens of an item, a multiple of 64, but for very long rows; None chooses `default_split`.
         fill: a row without tokens, used or not, gets an item that writes zeros. False where another kernel owns those rows.
         page_tables: pages of each row, for `seats`.
         seats: rows of an item at most that share a split's pages. With a window each row's splits begin elsewhere: none do.
@@ -108,10 +103,7 @@ def plan_decode(
     visible = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
     origin = visible // BLOCK * BLOCK
     span = length - origin
-    least = jnp.full_like(span, split)
-    if splits_grow(num, num_kv_heads):
-        least *= 1 + (span >= 4 * split) + 2 * (span >= 8 * split)  # 1, 2 or 4: two whole ones at least
-    size = jnp.maximum(least, -(-span // (limit * BLOCK)) * BLOCK)
+    size = jnp.maximum(split, -(-span // (limit * BLOCK)) * BLOCK)
     whole = span // size
     tail = span - whole * size
     has_tail = (tail > 0) | ((span == 0) & fill)
@@ -147,7 +139,7 @@ def plan_decode(
     items = jnp.stack([r, first, last, s, count[r], visible[r], start, rows], axis=1).astype(jnp.int32)
     num_items = num_whole + jnp.sum(has_tail)
     # Not a constant: the kernels write to it, so the compiler must not share it with other zeros.
-    arrivals = jnp.repeat(jnp.minimum(kv_lens, 0), num_kv_heads)
+    arrivals = jnp.pad(jnp.repeat(jnp.minimum(kv_lens, 0), num_kv_heads), (0, 1))
     num_items, arrivals = num_items.reshape(1).astype(jnp.int32), arrivals.astype(jnp.int32)
     if shared is None:
         return DecodePlan(items, num_items, arrivals, max_splits, window)

@@ -109,6 +109,36 @@ def arrive(counters: Any, index: jax.Array, shared: Any, slot: jax.Array) -> jax
     return before
 
 
+def take(counters: Any, index: jax.Array | int, total: jax.Array, shared: Any, slot: jax.Array) -> jax.Array:
+    """Adds 1 to counters[index] once per warpgroup and returns the value before; the last of `total` takers clears the counter.
+
+    Orders nothing else in memory. `shared` and `slot` as in `arrive`.
+    """
+
+    def add(ctx: Any, counters: Any, index: Any, total: Any, shared: Any, slot: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        box = element_at(shared, slot.registers.item(), i32)
+        counter = element_at(counters, index.registers.item(), i32)
+        mgpu.warpgroup_barrier()
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, thread_index(), constant(0))):
+            before = mgpu.inline_ptx(
+                "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", counter, result_types=i32, has_side_effects=True
+            )
+            llvm.store(before, box)
+            last = arith.subi(total.registers.item(), constant(1))
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, before, last)):
+                llvm.store(constant(0), counter)
+        mgpu.warpgroup_barrier()
+        return FragmentedArray.splat(llvm.load(i32, box), (), WGSplatFragLayout(()), is_signed=True)
+
+    types = (plgpu.RefType(), SCALAR, SCALAR, plgpu.RefType(), SCALAR)
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
+    before: jax.Array = plgpu.inline_mgpu(arg_types=types, return_type=result)(add)(
+        counters, jnp.int32(index), total, shared, slot
+    )
+    return before
+
+
 def merge_partials(
     parts: Any,
     lse: Any,

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.paged_attention import (
     mosaic_gpu_decode,
+    mosaic_gpu_decode_pages,
     mosaic_gpu_latent_kernel,
     mosaic_gpu_prefill,
     mosaic_gpu_rope,
@@ -36,6 +37,7 @@ def interpreted() -> Iterator[None]:
         patch.setattr(plgpu, "wgmma", _multiply)
         patch.setattr(mosaic_gpu_prefill, "store_rows", store_rows)
         patch.setattr(mosaic_gpu_rope, "turn_token", turn_token)
+        patch.setattr(mosaic_gpu_decode_pages, "take", take)
         for function in DECODE:
             patch.setattr(mosaic_gpu_decode, function.__name__, function)
         for function in LATENT:
@@ -99,6 +101,12 @@ def store_row_values(x: jax.Array, out: Any, base: jax.Array, first: jax.Array, 
 def arrive(counters: Any, index: jax.Array, shared: Any, slot: jax.Array) -> jax.Array:
     before: jax.Array = counters[index]
     counters[index] = before + 1
+    return before
+
+
+def take(counters: Any, index: int, total: jax.Array, shared: Any, slot: jax.Array) -> jax.Array:
+    before: jax.Array = counters[index]
+    counters[index] = jnp.where(before + 1 == total, 0, before + 1)
     return before
 
 
