@@ -35,7 +35,7 @@ def choose(
             jax.ShapeDtypeStruct((num_experts,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=max(4, num_experts // 32), num_stages=1),
         interpret=interpret,
         name="choose_experts",
     )(scores, choice, num_used)

@@ -155,6 +155,24 @@ def test_every_sample_program_finds_thresholds_by_the_kernel(devices: int, tmp_p
         assert not count_collectives(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "program", "kernels"),
+    [
+        ("qwen3-30b-a3b", "decode 16", ["choose_experts", "expert_products", "paged_decode"]),
+        ("deepseek-v2-lite", "decode 16", ["choose_experts", "expert_products", "latent_decode"]),
+        ("deepseek-v2-lite", "forward 512", ["latent_decode", "latent_prefill"]),
+        ("falcon-h1-7b", "decode 64", ["decayed_state", "paged_decode"]),
+    ],
+)
+def test_layers_of_real_size_run_their_kernels(name: str, program: str, kernels: list[str], tmp_path: Path) -> None:
+    """Two of them, and neither pages nor states are copied."""
+    model = plan(write_config(tmp_path, name, num_hidden_layers=2), TARGET)
+    text = compile_step(model, program).as_text()
+    assert [kernel for kernel in kernels if f"/{kernel}/" not in text] == []
+    for cache_ in model.inputs().state.caches:
+        assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "pages or states are copied"
+
+
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_two_devices_add_up_twice_a_layer(in_graph: bool, tmp_path: Path) -> None:
     """And once for the embeddings; the logits are gathered. XLA's own all-reduce kernels, which no graph can hold, give way."""
