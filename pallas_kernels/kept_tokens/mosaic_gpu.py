@@ -1,8 +1,9 @@
 """Thresholds on an NVIDIA GPU: one warpgroup a row, which reads it twice and searches what lies above a first bound.
 
 The first reading gives the largest logit and, of each lane (every 2,048th token), its largest and its sum of weights: enough
-for a threshold that is surely not above the wanted one. The second keeps all that is not below it in shared memory, where the
-search goes on digit by digit over the bits. If too much is kept there (flat logits), the row itself is searched: slow, and exact too.
+for a bound that is surely not above the wanted threshold. The second keeps all that is not below it in shared memory, where the search
+goes on digit by digit over the bits. If the bound is too low for that, another reading finds a better one; if even so there is too
+much to keep (flat logits), the row itself is searched: slow, and exact too.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ LINE = EACH * THREADS
 LINES = 8  # under way at once
 LANES = 4  # lines of lanes, of which the largest and the sum are kept
 DEPTH = 50  # lines in shared memory; two thread blocks share a multiprocessor
+MANY = 0.995  # of the lanes: if so many have a logit above the bound, there are too many to keep
 BOUND_DIGITS = 10  # of 2 bits: sign, exponent and 11 bits of the first bound
 LEAST = int(np.iinfo(np.int32).min)
 FLOAT_LEAST = float(np.finfo(np.float32).min)
@@ -104,13 +106,10 @@ class _Row:
     row: jax.Array
     scale: jax.Array
 
-    def fold(self, f: Fold, init: Any, *, is_ahead: bool = False) -> Any:
+    def fold(self, f: Fold, init: Any) -> Any:
         """f(... f(init, lines) ..., lines) over all of the row's scaled logits, some lines at a time.
 
         Lines come in the same order each time. A line has -inf where the row has ended.
-
-        Args:
-            is_ahead: read the next lines while f works on these, for which there are not always registers.
         """
         size = self.logits.shape[1]
         blocks, rest = divmod(size, LINES * LINE)
@@ -124,12 +123,12 @@ class _Row:
 
         def step(i: jax.Array, state: Any) -> Any:
             acc, lines = state
-            following = block(jnp.minimum(i + 1, blocks - 1)) if is_ahead else []
-            return f(acc, [x * self.scale for x in lines or block(i)]), following
+            following = block(jnp.minimum(i + 1, blocks - 1))  # under way while these are worked on
+            return f(acc, [x * self.scale for x in lines]), following
 
         acc = init
         if blocks:
-            acc, _ = lax.fori_loop(0, blocks, step, (acc, block(0) if is_ahead else []))
+            acc, _ = lax.fori_loop(0, blocks, step, (acc, block(0)))
         if rest:
             starts = [(start, min(start, size - LINE)) for start in range(blocks * LINES * LINE, size, LINE)]
             place = plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=LAYOUT)
@@ -155,7 +154,7 @@ def _largest(parts: Callable[[list[jax.Array]], list[jax.Array]], wanted: jax.Ar
         found, unit = state
         candidates = [(found + unit * d) ^ LEAST for d in range(1, 2**bits)]
         reached = [(jnp.sum(part) >= wanted).astype(jnp.int32) for part in parts(candidates)]
-        return found + unit * functools.reduce(jnp.add, reached), unit >> bits
+        return found + unit * functools.reduce(jnp.add, reached), jnp.maximum(unit >> bits, 1)
 
     found, _ = lax.fori_loop(0, digits, step, (jnp.int32(0), jnp.int32(1 << (32 - bits))))
     order: jax.Array = found ^ LEAST
@@ -189,16 +188,15 @@ def _search_row(logits: Any, fields: Any, out: Any, kept: Any) -> None:
 
         @pl.when(is_searched)
         def _() -> None:
-            per_lane = -(-logits.shape[1] // (LANES * LINE)) + 1
-            bound = _first_bound(tops, sums, top, per_lane, top_k, top_p)
-            most, count, total = _keep(row, kept, top, bound, top_k, top_p)
+            bound = _find_bound(row, tops, sums, top, top_k, top_p)
+            most, count, total = _keep(row, kept, top, bound)
 
             def fold_kept(f: Fold, init: Any) -> Any:
                 def step(j: jax.Array, acc: Any) -> Any:
                     x = plgpu.load(kept.at[j], layout=LAYOUT)
                     return f(acc, [jnp.where(place + j * EACH < count, x, -jnp.inf)])
 
-                place = plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=LAYOUT) // THREADS
+                place = lax.div(plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=LAYOUT), THREADS)
                 return lax.fori_loop(0, most, step, init)
 
             @pl.when(most <= DEPTH)
@@ -207,7 +205,7 @@ def _search_row(logits: Any, fields: Any, out: Any, kept: Any) -> None:
 
             @pl.when(most > DEPTH)
             def _() -> None:
-                write(jnp.maximum(floor, _threshold(row.fold, top, total, top_k, top_p, bits=4)))
+                write(jnp.maximum(floor, _threshold(row.fold, top, total, top_k, top_p, bits=3)))
 
 
 def _read(row: _Row) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -225,22 +223,23 @@ def _read(row: _Row) -> tuple[list[jax.Array], list[jax.Array]]:
                 tops[lane] = top
         return tops, sums
 
-    tops, sums = row.fold(add, ([_line(jnp.float32(FLOAT_LEAST))] * LANES, [_line(jnp.float32(0))] * LANES), is_ahead=True)
+    tops, sums = row.fold(add, ([_line(jnp.float32(FLOAT_LEAST))] * LANES, [_line(jnp.float32(0))] * LANES))
     return tops, sums
 
 
-def _first_bound(
-    tops: list[jax.Array], sums: list[jax.Array], top: jax.Array, per_lane: int, top_k: jax.Array, top_p: jax.Array
+def _find_bound(
+    row: _Row, tops: list[jax.Array], sums: list[jax.Array], top: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
     """A logit that is surely not above the threshold of top-k, or of top-p where there is no top-k.
 
     For a logit t not above a lane's largest one, the lane's weight of at least t is that one's, and all but what its other
     tokens could weigh below t: n exp(t).
     """
+    per_lane = -(-row.logits.shape[1] // (LANES * LINE)) + 1
     has_k = top_k > 0
     largest = [jnp.exp(x - top) for x in tops]
     sums = [s * w for s, w in zip(sums, largest, strict=True)]
-    total = jnp.sum(functools.reduce(jnp.add, sums))
+    wanted = jnp.where(has_k, top_k, jnp.sum(functools.reduce(jnp.add, sums)) * (top_p + ROUNDING))
     # Counts are searched as weights of 1.
     largest, sums = ([jnp.where(has_k, 1.0, x) for x in xs] for xs in (largest, sums))
     orders = [order_of(x) for x in tops]
@@ -256,51 +255,43 @@ def _first_bound(
             found.append(functools.reduce(jnp.add, parts))
         return found
 
-    wanted = jnp.where(top_k > 0, top_k, total * (top_p + ROUNDING))
-    return _float_of(_largest(surely, wanted, BOUND_DIGITS, 2))
+    bound = jnp.maximum(_float_of(_largest(surely, wanted, BOUND_DIGITS, 2)), FLOAT_LEAST)  # -inf is never drawn
+    above = jnp.sum(functools.reduce(jnp.add, [jnp.where(x > bound, 1.0, 0.0) for x in tops]))
+    better = functools.partial(_better_bound, row, top, bound, wanted, has_k)
+    found: jax.Array = lax.cond(above > MANY * LANES * LINE, better, lambda: bound)
+    return found
 
 
-def _keep(
-    row: _Row, kept: Any, top: jax.Array, bound: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Puts what is not below the bound into `kept`; if that is too much, once more with a better bound.
+def _better_bound(row: _Row, top: jax.Array, bound: jax.Array, wanted: jax.Array, has_k: jax.Array) -> jax.Array:
+    """The largest of 7 logits between the bound and the top that is surely not above the threshold."""
+    base = jnp.maximum(bound, top - 40)
+    candidates = [base + (top - base) * (d / 8) for d in range(1, 8)]
+
+    def weigh(x: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.where(has_k, 1.0, jnp.exp(x - top))
+
+    for sums, candidate in zip(_sums(row.fold, weigh, [order_of(c) for c in candidates]), candidates, strict=True):
+        bound = jnp.where(jnp.sum(sums) >= wanted, jnp.maximum(bound, candidate), bound)
+    return bound
+
+
+def _keep(row: _Row, kept: Any, top: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Puts what is not below the bound into `kept`.
 
     Returns:
         Lines of `kept` in use (more than DEPTH: not all were kept), how many numbers each thread has, all weights' sum.
     """
 
-    def add(state: Any, lines: list[jax.Array], bound: jax.Array) -> Any:
+    def add(state: Any, lines: list[jax.Array]) -> Any:
         count, total = state
         for x in lines:
             count = append(x, bound, count, kept)
             total += jnp.exp(x - top)
         return count, total
 
-    def attempt(state: Any) -> Any:
-        tries, _, _, _, bound = state
-        count, sums = row.fold(functools.partial(add, bound=bound), (_line(jnp.int32(0)), _line(jnp.float32(0))), is_ahead=True)
-        most, total = jnp.max((count + (EACH - 1)).astype(jnp.float32)).astype(jnp.int32) // EACH, jnp.sum(sums)
-        better = functools.partial(_better_bound, row, top, total, bound, top_k, top_p)
-        return tries + 1, most, count, total, lax.cond(most > DEPTH, better, lambda: bound)
-
-    init = jnp.int32(0), jnp.int32(DEPTH + 1), _line(jnp.int32(0)), jnp.float32(0), bound
-    _, most, count, total, _ = lax.while_loop(lambda s: (s[0] < 2) & (s[1] > DEPTH), attempt, init)
-    return most, count, total
-
-
-def _better_bound(row: _Row, top: jax.Array, total: jax.Array, bound: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The largest of 15 logits between the bound and the top that is surely not above the threshold."""
-    has_k = top_k > 0
-    base = jnp.maximum(bound, top - 40)
-    candidates = [base + (top - base) * (d / 16) for d in range(1, 16)]
-
-    def weigh(x: jax.Array, order: jax.Array) -> jax.Array:
-        return jnp.where(has_k, 1.0, jnp.exp(x - top))
-
-    wanted = jnp.where(has_k, top_k, total * (top_p + ROUNDING))
-    for sums, candidate in zip(_sums(row.fold, weigh, [order_of(c) for c in candidates]), candidates, strict=True):
-        bound = jnp.where(jnp.sum(sums) >= wanted, jnp.maximum(bound, candidate), bound)
-    return bound
+    count, total = row.fold(add, (_line(jnp.int32(0)), _line(jnp.float32(0))))
+    most = lax.div(jnp.max((count + (EACH - 1)).astype(jnp.float32)).astype(jnp.int32), EACH)
+    return most, count, jnp.sum(total)
 
 
 def _sums(
@@ -328,8 +319,7 @@ def _threshold(
         fold: over numbers that hold all that are kept.
         total: the whole row's sum of weights.
     """
-
-    digits = 32 // bits
+    digits = -(-32 // bits)
     kth = _largest(functools.partial(_sums, fold, lambda x, order: 1.0), top_k, jnp.where(top_k > 0, digits, 0), bits)
 
     def weigh(x: jax.Array, order: jax.Array) -> jax.Array:
