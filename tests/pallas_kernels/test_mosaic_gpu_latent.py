@@ -39,6 +39,7 @@ def check(got: Any, want: np.ndarray) -> None:
     assert (per_token < 2e-2 * np.linalg.norm(want.reshape(len(want), -1), axis=1)).all(), np.flatnonzero(per_token > 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "key_dim"), [(4, 128), pytest.param(72, 192, marks=pytest.mark.extra)])
 def test_decode_in_the_interpreter(heads: int, key_dim: int) -> None:
     """Rows of one and of two splits, and an unused one; heads of one tile with idle rows, and of two."""
