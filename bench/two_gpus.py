@@ -1,6 +1,6 @@
-"""Two GPUs of one host beside one, in one run: tensor and data parallelism, tokens, and a soak of collectives in the CUDA graph.
+"""Two GPUs of one host beside one, in one run: tensor and data parallelism, tokens, and a soak of GPUs that add up by themselves.
 
-usage: python bench/two_gpus.py --output FILE [--budget-s 400] [--only one,tp2_graph,dp2,...]
+usage: python bench/two_gpus.py --output FILE [--budget-s 400] [--only one,tp2,dp2,...]
 
 Each phase is a process of its own with its own limit, so a hang costs that phase alone; FILE is written after each. Phases come in
 the order of their worth, and one for which too little of the budget is left is skipped. Figures are those of `jaxserve bench
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 CASES = ("decode_b1", "decode_b64", "decode_b256", "mixed_1000")
 NEAR_TIE = 0.1  # nats between the two likeliest tokens, below which bfloat16 sums in another order may choose the other
 STUCK_S = 30.0  # a step takes milliseconds
-IN_GRAPH = {"tensor_parallel_size": 2, "collectives_in_graph": True}
+TP2 = {"tensor_parallel_size": 2}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Phase:
         scale: how many times a case's requests are submitted.
         needs_s: with less of the budget left it is not begun.
         limit_s: after which it is killed.
-        environment: of the process.
     """
 
     options: dict[str, Any]
@@ -52,34 +51,14 @@ class Phase:
     soaks: bool = False
     needs_s: float = 60
     limit_s: float = 150
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 PHASES = {
     "one": Phase({}),
-    "tp2_graph": Phase(IN_GRAPH, limit_s=130),
+    "tp2": Phase(TP2, limit_s=130),
+    "soak": Phase(TP2 | {"enable_prefix_caching": False}, (), compares=False, soaks=True, limit_s=100),
     "dp2": Phase({"data_parallel_size": 2}, scale=2, compares=False, limit_s=110),
-    "tp2": Phase({"tensor_parallel_size": 2}, CASES[:3], limit_s=110),
-    "soak": Phase(IN_GRAPH | {"enable_prefix_caching": False}, (), compares=False, soaks=True, limit_s=100),
-    # NCCL's kernels for memory that all GPUs have at one address; of these, those of multicast need more than two GPUs and NVLS.
-    "tp2_graph_symmetric": Phase(
-        IN_GRAPH,
-        CASES[:2],
-        needs_s=50,
-        limit_s=80,
-        environment={"XLA_FLAGS": "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true"},
-    ),
-    "tp2_graph_ll": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_PROTO": "LL"}),
-    "tp2_graph_ll128": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_PROTO": "LL128"}),
-    "tp2_graph_tree": Phase(IN_GRAPH, CASES[:2], needs_s=25, limit_s=60, environment={"NCCL_ALGO": "Tree"}),
-    # XLA's own all-reduce kernels are what "tp2" has, where XLA finds NVLink; this is NCCL instead.
-    "tp2_nccl": Phase(
-        {"tensor_parallel_size": 2},
-        CASES[:2],
-        needs_s=60,
-        limit_s=90,
-        environment={"XLA_FLAGS": "--xla_gpu_experimental_use_collective_kernels="},
-    ),
+    "tp2_xla": Phase(TP2 | {"peer_sums": False}, CASES[:3], limit_s=110),
 }
 
 
@@ -124,8 +103,6 @@ def start(args: argparse.Namespace, name: str, phase: Phase, left_s: float) -> d
     part.unlink(missing_ok=True)
     # NVLink multicast stays off: a program that uses it can put a shared host's GPUs out of service.
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0"}
-    for key, value in phase.environment.items():
-        environment[key] = f"{environment.get(key, '')} {value}".strip() if key == "XLA_FLAGS" else value
     command = [sys.executable, *sys.argv, "--phase", name, "--output", str(part)]
     started_s = time.monotonic()
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=sys.stderr)
@@ -147,16 +124,13 @@ def run_phase(args: argparse.Namespace, phase: Phase) -> None:
     spec = read_spec(args.cases)
     started_s = time.perf_counter()
     own = {"load_format": "dummy", "skip_tokenizer_init": True}
-    options = dict(phase.options)
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        options.pop("collectives_in_graph", None)  # there is no CUDA graph: only whether the script works is seen there
-    config = engine_config(own | spec.get("engine", {}) | options | {"model": args.model})
+    config = engine_config(own | spec.get("engine", {}) | phase.options | {"model": args.model})
     import jax
 
     from jaxserve.llm import LLM
     from jaxserve.startup import build_engine
 
-    found: dict[str, Any] = circumstances(jax.devices()) | {"options": options, "environment": phase.environment}
+    found: dict[str, Any] = circumstances(jax.devices()) | {"options": phase.options}
     del found["command"]
 
     def keep(key: str, value: Any) -> None:

@@ -93,10 +93,10 @@ class CompileConfig:
         None, "where compiled programs are kept (~/.cache/jaxserve/xla); the empty string turns the cache off"
     )
 
-    collectives_in_graph: bool = option(
-        False,
-        "GPUs with --tensor-parallel-size: what they send each other becomes part of a step's CUDA graph, which is else cut there, "
-        "twice a layer",
+    peer_sums: bool = option(
+        True,
+        "GPUs with --tensor-parallel-size, in one process, that reach each other's memory (NVLink): they add up by writing into it; "
+        "off, XLA's all-reduces do, which cut a step's CUDA graph twice a layer",
     )
 
     @property

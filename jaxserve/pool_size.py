@@ -15,6 +15,7 @@ import jax
 
 from jaxserve.config import GIB, EngineConfig, xla_memory_fraction
 from jaxserve.errors import ConfigError, DoesNotFitError
+from jaxserve.pallas_kernels.collectives.peers import lent_bytes
 
 if TYPE_CHECKING:
     from jaxserve.startup import Build
@@ -89,11 +90,12 @@ def _likely_temporaries(build: Build) -> int:
 
 
 def resident_bytes(build: Build) -> int:
-    """What stays on each device besides the pages: weights, recurrent states, and what the sampler and the step keep."""
+    """What stays on each device besides the pages: weights, recurrent states, what the sampler and the step keep, and what is lent."""
     inputs = build.inputs()
     results = [inputs.results(n) for n in inputs.buckets.samples]
     arrays = jax.tree.leaves((inputs.weights, inputs.shaping, results, inputs.packed, inputs.state.page_tables))
-    return sum(map(_local_bytes, arrays)) + state_bytes(build)
+    lent = lent_bytes(build.shardings.mesh.size, inputs.logits_bytes) if build.runtime.peer_sums else 0
+    return sum(map(_local_bytes, arrays)) + state_bytes(build) + lent
 
 
 def state_bytes(build: Build) -> int:

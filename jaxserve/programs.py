@@ -130,6 +130,11 @@ class ProgramInputs:
         return tuple(isinstance(spec, StateSpec) for spec in self.cache_specs)
 
     @property
+    def logits_bytes(self) -> int:
+        """Of the most rows that are sampled in a step."""
+        return self.buckets.samples[-1] * self.vocab_size * 4
+
+    @property
     def last_tokens(self) -> jax.ShapeDtypeStruct:
         return self.array((self.num_slots,))
 
@@ -190,19 +195,11 @@ def _compiler_options(shape: PlanShape, runtime: Runtime) -> CompilerOptions:
     """XLA's options for a forward program.
 
     From 256 tokens up, cuBLAS alone is as fast as the better of it and Triton, adds the residual within the product, and saves
-    the seconds that choosing takes (87 s for one 8-bit program, measured on an H100).
+    the seconds that choosing takes (87 s for one 8-bit program, measured on an H100). Kernels that wait for other GPUs share flags, so
+    none may run beside another, as it could where a layer has two sums that do not need each other.
     """
-    chosen: CompilerOptions = (
-        {"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {}
-    )
-    return chosen | (_COLLECTIVES_IN_GRAPH if runtime.collectives_in_graph else {})
-
-
-# XLA's own list of what goes into a graph, and collectives. It keeps its own all-reduce kernels out of graphs, so NCCL's are used.
-_COLLECTIVES_IN_GRAPH: CompilerOptions = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES",
-    "xla_gpu_experimental_use_collective_kernels": "",
-}
+    in_order: CompilerOptions = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"} if runtime.peer_sums else {}
+    return in_order | ({"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {})
 
 
 def _sample(num_samples: int, mode: Mode, how: dict[str, Any], inputs: ProgramInputs) -> Program:

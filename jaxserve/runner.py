@@ -5,6 +5,7 @@ Nothing here waits for the device except `collect`, and nothing eager runs betwe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import batched, chain
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxserve.models.interface import AnyCacheSpec, StateSpec
 from jaxserve.packing import Packer
+from jaxserve.pallas_kernels.collectives.peers import lend
 from jaxserve.plan import SHAPED, PlanBuffer, PlanShape
 from jaxserve.programs import MODES, ProgramInputs, Programs
 from jaxserve.request import Request
@@ -64,6 +66,9 @@ class Runner:
         fresh = self.programs.named("reset")()
         self._state, self._last_tokens, self._shaping, self._packed, results = fresh
         self._results = dict(zip(self.buckets.samples, results, strict=True))
+        if self._state.peers is not None:
+            self._lent, peers = lend(self._inputs.shardings.mesh, self._inputs.logits_bytes)
+            self._state = replace(self._state, peers=peers)
 
     def _delete_state(self) -> None:
         for array in jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results)):
@@ -161,7 +166,7 @@ class Runner:
     def copy(self, program: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         """Runs one of the programs that copy pages or states."""
         caches = self.programs.named(program)(self._state.caches, self._send(sources), self._send(targets))
-        self._state = DeviceState(caches, self._state.page_tables)
+        self._state = replace(self._state, caches=caches)
 
 
 def abstract_state(
@@ -175,6 +180,7 @@ def abstract_state(
     *,
     kv_dtype: jnp.dtype | None = None,
     num_tables: int = 1,
+    peer_sums: bool = False,
 ) -> DeviceState:
     """Shapes and shardings of the state, without allocating it.
 
@@ -193,7 +199,9 @@ def abstract_state(
         return jax.ShapeDtypeStruct(shape, kv_dtype or dtype, sharding=sharding)
 
     tables: Any = jax.ShapeDtypeStruct((num_tables * num_slots, pages_per_slot), jnp.int32, sharding=to.replicated)
-    return DeviceState(tuple(map(cache, specs)), tables)
+    devices = to.mesh.size
+    peers: Any = jax.ShapeDtypeStruct((devices, devices + 1, 2), jnp.int32, sharding=to.by_device) if peer_sums else None
+    return DeviceState(tuple(map(cache, specs)), tables, peers)
 
 
 def page_bytes(specs: tuple[AnyCacheSpec, ...], page_size: int, dtype: jnp.dtype, to: Shardings) -> int:

@@ -74,6 +74,7 @@ class Shardings:
     def __init__(self, mesh: Mesh, attention: Implementation = "xla") -> None:
         self.mesh = mesh
         self.replicated = NamedSharding(mesh, P())
+        self.by_device = NamedSharding(mesh, P(MODEL_AXIS))
         self.attention = attention
         self.kv_pages = NamedSharding(mesh, pages_partition(attention))
 

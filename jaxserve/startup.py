@@ -40,6 +40,7 @@ from jaxserve.models.loading import (
 )
 from jaxserve.out_of_memory import explained_out_of_memory
 from jaxserve.page_pool import PagePool
+from jaxserve.pallas_kernels.collectives.peers import can_lend
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
@@ -129,6 +130,7 @@ class Build:
             self.shardings,
             kv_dtype=self.kv_dtype,
             num_tables=self.layout.num_tables,
+            peer_sums=self.runtime.peer_sums,
         )
         weights = tuple(
             jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
@@ -210,7 +212,7 @@ def compile_model(config: EngineConfig, *, on_progress: Progress | None = None) 
 
 def plan_build(config: EngineConfig, source: ModelSource, mesh: Mesh, device_memory: int | None = None) -> Build:
     """What to build on a mesh, the number of pages included; with device_memory, the devices need not be there."""
-    build = replace(_describe(config, source, mesh), device_memory=device_memory)
+    build = replace(_describe(config, source, mesh, is_there=device_memory is None), device_memory=device_memory)
     return _with_pages(build, num_pages(build), config)
 
 
@@ -270,7 +272,7 @@ def _of_replica(on_progress: Progress | None, index: int, count: int) -> Progres
     return lambda stage, done, total: on_progress(f"{stage} {index + 1}/{count}", done, total)
 
 
-def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
+def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh, *, is_there: bool) -> Build:
     platform = cast(Literal["cpu", "gpu", "tpu"], mesh.devices.flat[0].platform)
     dtype = jnp.dtype(resolve_dtype(config.model.dtype, platform, source))
     model = describe_model(
@@ -287,18 +289,11 @@ def _describe(config: EngineConfig, source: ModelSource, mesh: Mesh) -> Build:
     attention = choose_implementation(platform, mesh.devices.flat[0].device_kind)
     assert resolved.model.max_model_len is not None
     layout = group_layers(model.cache_specs, resolved.model.max_model_len)
-    _check_collectives(config, mesh, platform)
-    runtime = Runtime(platform, mesh, attention, layout, config.cache.share_page_reads, config.compile.collectives_in_graph)
+    peer_sums = (
+        config.compile.peer_sums and platform == "gpu" and mesh.size > 1 and (not is_there or can_lend(list(mesh.devices.flat)))
+    )
+    runtime = Runtime(platform, mesh, attention, layout, config.cache.share_page_reads, peer_sums)
     return Build(resolved, model, runtime, Shardings(mesh, attention), dtype)
-
-
-def _check_collectives(config: EngineConfig, mesh: Mesh, platform: str) -> None:
-    """Raises ConfigError where they are asked for in a CUDA graph, and there is none or nothing to send."""
-    if config.compile.collectives_in_graph and (platform != "gpu" or mesh.size == 1):
-        raise ConfigError(
-            "--collectives-in-graph is for GPUs that share a model (--tensor-parallel-size); "
-            f"got {mesh.size} x {mesh.devices.flat[0].device_kind}. Leave it out."
-        )
 
 
 def _check_quantization(config: EngineConfig, source: ModelSource, model: ModelDescription) -> None:

@@ -6,7 +6,7 @@ A step is two programs, chained on the device: `forward` gives logits of chosen 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,12 @@ class DeviceState:
     Attributes:
         caches: one for each of the model's cache specs: pages, whose layout belongs to the kernels, or states by slot.
         page_tables: [slots, pages of the longest request]; with several columns a table, those of all slots one after the other.
+        peers: StepBatch's; stays as it is.
     """
 
     caches: tuple[Array, ...]
     page_tables: Int[Array, "tables pages"]
+    peers: Int[Array, "devices entries 2"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -72,9 +74,9 @@ def forward(
     """
     plan = unpack(packed, shape)
     page_tables = apply_page_updates(state.page_tables, plan)
-    batch = step_batch(plan, page_tables, last_tokens, page_size)
+    batch = replace(step_batch(plan, page_tables, last_tokens, page_size), peers=state.peers)
     logits, caches = apply_model(weights, batch, state.caches, runtime)
-    return DeviceState(caches, page_tables), ForwardResults(logits, plan.samples)
+    return DeviceState(caches, page_tables, state.peers), ForwardResults(logits, plan.samples)
 
 
 def stage(packed: Int[Array, " size"], before: Int[Array, " size"]) -> Int[Array, " size"]:

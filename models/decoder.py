@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
-from jaxserve.models.interface import AnyCacheSpec, Runtime, StepBatch
+from jaxserve.models.interface import MODEL_AXIS, AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
 from jaxserve.models.layers.attention import Attention
 from jaxserve.models.layers.layer_inputs import LayerInput, LayerInputs
@@ -159,7 +160,7 @@ class DecoderLayer(nnx.Module):
         if isinstance(self.mlp, Moe):
             assert not isinstance(x, Fp8Rows)
             return self.mlp(x, batch, runtime)
-        return self.mlp(x)
+        return self.mlp(x, batch, runtime)
 
     def _add(self, x: Array, change: Array, out_norm: Norm | None, gain: nnx.Param[Array] | None) -> Array:
         if gain is not None:
@@ -247,7 +248,7 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits of batch.logit_rows, and the caches with this step's tokens.
         """
-        x = embedded = self._embed(batch)
+        x = embedded = self._embed(batch, runtime)
         rotations = self._rotations(batch)
         layout = runtime.layout or one_table(self.cache_specs())
         inputs = None if self.inputs is None else self.inputs(batch.token_ids, embedded)
@@ -265,7 +266,7 @@ class Decoder(nnx.Module):
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
         x = jnp.take(x, batch.logit_rows, axis=0, mode="clip")
-        return self._logits(x if self.streams is None else self.streams.merged(x), runtime), tuple(arrays)
+        return self._logits(x if self.streams is None else self.streams.merged(x), batch, runtime), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
         """What the layers keep."""
@@ -279,9 +280,9 @@ class Decoder(nnx.Module):
             places.append(places[spec.mixer.kv_from] if isinstance(spec.mixer, BorrowingAttentionSpec) else own)
         return places
 
-    def _embed(self, batch: StepBatch) -> Float[Array, "T D"]:
+    def _embed(self, batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
         spec = self.spec
-        x = jnp.take(self.embed.get_value(), batch.token_ids, axis=0, mode="clip")
+        x = runtime.look_up(self.embed.get_value(), batch)
         if spec.embed_scale is not None:
             x *= jnp.asarray(spec.embed_scale, x.dtype)
         if self.embed_in is not None:
@@ -297,19 +298,20 @@ class Decoder(nnx.Module):
         ropes = dict.fromkeys(layer.rope for layer in self.spec.layers)  # in the layers' order: same program every time
         return {rope: None if rope is None else rotation(rope, batch.positions) for rope in ropes}
 
-    def _logits(self, x: Float[Array, "S D"], runtime: Runtime) -> Float[Array, "S V"]:
+    def _logits(self, x: Float[Array, "S D"], batch: StepBatch, runtime: Runtime) -> Float[Array, "S V"]:
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.embed_out is not None:
             x = linear(x, self.embed_out.get_value())
-        if self.lm_head is not None:
-            logits = linear(x, self.lm_head.get_value(), out_dtype=jnp.float32)
-        elif runtime.platform == "cpu":
-            logits = linear(x, OutputsFirst(self.embed.get_value()), out_dtype=jnp.float32)
-        else:
-            logits = linear(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
-        if self.head_bias is not None:
-            logits += self.head_bias.get_value().astype(jnp.float32)
+        is_tied = self.lm_head is None
+        head: Array | OutputsFirst | None = self.embed.get_value() if is_tied else value(self.lm_head)
+        if is_tied and runtime.platform == "cpu":
+            head = OutputsFirst(self.embed.get_value())
+        by_rows = isinstance(head, OutputsFirst)
+        bias = None if self.head_bias is None else self.head_bias.get_value().astype(jnp.float32)
+        multiply = partial(linear, transpose=is_tied and not by_rows, out_dtype=jnp.float32)
+        cut = P(MODEL_AXIS) if is_tied or by_rows else P(None, MODEL_AXIS)
+        logits = runtime.gather_columns(multiply, x, head, bias, cut, self.spec.vocab_size, batch)
         if self.spec.logit_multiplier != 1.0:
             logits *= self.spec.logit_multiplier
         if self.spec.logit_softcap is not None:

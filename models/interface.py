@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.models.cache_layout import CacheLayout
 from jaxserve.models.cache_spec import AnyCacheSpec, CacheKind, CacheSpec, StateSpec
 from jaxserve.pallas_kernels import paged_attention as kernels
+from jaxserve.pallas_kernels.collectives import all_gather, all_reduce
 
 __all__ = [
     "MODEL_AXIS",
@@ -73,6 +74,8 @@ class StepBatch:
         slots: [B], where each row's request keeps its state; past the pool for padding rows.
         logit_rows: [S], which tokens' logits are wanted.
         other_tables: where requests have several page tables, the others than this first one.
+        peers: where the devices' lent memory lies (kernels.collectives.peers), a row for each device, cut over them; None where
+            XLA adds up what they have.
     """
 
     token_ids: Int[Array, " T"]
@@ -85,6 +88,7 @@ class StepBatch:
     slots: Int[Array, " B"]
     logit_rows: Int[Array, " S"]
     other_tables: tuple[PagePlaces, ...] = ()
+    peers: Int[Array, "devices entries 2"] | None = None
 
     def with_table(self, table: int) -> StepBatch:
         """What a layer receives whose pages are in one of the tables."""
@@ -114,7 +118,7 @@ class Runtime:
         attention: the attention kernel's back end.
         layout: of the caches; None where each layer has its own array, and all one page table.
         shares_pages: decode reads pages that rows have in common once, where the back end can.
-        collectives_in_graph: what GPUs send each other is recorded in the CUDA graph too.
+        peer_sums: GPUs add up what is small by writing into each other's memory, where layers say what there is to add.
     """
 
     platform: Literal["cpu", "gpu", "tpu"]
@@ -122,7 +126,7 @@ class Runtime:
     attention: kernels.Implementation = "xla"
     layout: CacheLayout | None = None
     shares_pages: bool = False
-    collectives_in_graph: bool = False
+    peer_sums: bool = False
 
     @property
     def rounding(self) -> kernels.Implementation:
@@ -210,8 +214,67 @@ class Runtime:
         result: tuple[Array, Array] = over_heads(q, latent[:, None], None, pages, *_rows_of(batch))
         return result
 
+    def sum_parts(
+        self, multiply: Callable[[Array, Any], Array], x: Float[Array, "T ..."], w: Any, cut_w: Any, axis: int, batch: StepBatch
+    ) -> Float[Array, "T D"]:
+        """multiply(x, w), where each device may have a part of what they have in common.
+
+        Args:
+            cut_w: how w, or its arrays, are cut.
+            axis: of x, cut over the devices if it divides by them.
+        """
+        if self.mesh is None or batch.peers is None or x.shape[axis] % self.mesh.size:
+            return multiply(x, w)
+
+        def local(x: Array, w: Any, peers: Array) -> Array:
+            return all_reduce(multiply(x, w), peers, MODEL_AXIS)
+
+        cut_x = P(*(MODEL_AXIS if i == axis else None for i in range(x.ndim)))
+        summed: Array = self._sharded(local, (cut_x, cut_w, P(MODEL_AXIS)), P())(x, w, batch.peers)
+        return summed
+
+    def look_up(self, table: Float[Array, "V D"], batch: StepBatch) -> Float[Array, "T D"]:
+        """The step's tokens' rows of a table that may be cut over the devices."""
+        if self.mesh is None or batch.peers is None or table.shape[0] % self.mesh.size:
+            return jnp.take(table, batch.token_ids, axis=0, mode="clip")
+
+        def local(table: Array, token_ids: Array, peers: Array) -> Array:
+            row = token_ids - jax.lax.axis_index(MODEL_AXIS) * table.shape[0]
+            is_own = (row >= 0) & (row < table.shape[0])
+            rows = jnp.where(is_own[:, None], jnp.take(table, row, axis=0, mode="clip"), 0)
+            return all_reduce(rows, peers, MODEL_AXIS)
+
+        specs = (P(MODEL_AXIS), P(), P(MODEL_AXIS))
+        rows: Array = self._sharded(local, specs, P())(table, batch.token_ids, batch.peers)
+        return rows
+
+    def gather_columns(
+        self,
+        multiply: Callable[[Array, Any, Array | None], Float[Array, "S P"]],
+        x: Float[Array, "S D"],
+        w: Any,
+        bias: Float[Array, " V"] | None,
+        cut_w: P,
+        columns: int,
+        batch: StepBatch,
+    ) -> Float[Array, "S V"]:
+        """multiply(x, w, bias), where each device may have a part of w's columns and of the bias.
+
+        Args:
+            cut_w: how w is cut, if its columns divide by the devices.
+        """
+        if self.mesh is None or batch.peers is None or columns % self.mesh.size:
+            return multiply(x, w, bias)
+
+        def local(x: Array, w: Any, bias: Array | None, peers: Array) -> Array:
+            return all_gather(multiply(x, w, bias), peers, MODEL_AXIS)
+
+        cuts = (P(), cut_w, P(MODEL_AXIS), P(MODEL_AXIS))
+        gathered: Array = self._sharded(local, cuts, P())(x, w, bias, batch.peers)
+        return gathered
+
     def over_experts(
-        self, f: Callable[..., Array], tokens: tuple[Array, ...], arrays: tuple[Array | None, ...]
+        self, f: Callable[..., Array], tokens: tuple[Array, ...], arrays: tuple[Array | None, ...], batch: StepBatch
     ) -> Float[Array, "T D"]:
         """Sum over devices of f(*tokens, first, *arrays), where each device has the experts from `first` on.
 
@@ -224,13 +287,12 @@ class Runtime:
             return f(*tokens, jnp.int32(0), *arrays)
         count = arrays[0].shape[0] // size
 
-        def local(*inputs: Array) -> Array:
+        def local(peers: Array | None, *inputs: Array) -> Array:
             first = jax.lax.axis_index(MODEL_AXIS) * count
-            part: Array = jax.lax.psum(f(*inputs[: len(tokens)], first, *inputs[len(tokens) :]), MODEL_AXIS)
-            return part
+            return all_reduce(f(*inputs[: len(tokens)], first, *inputs[len(tokens) :]), peers, MODEL_AXIS)
 
-        specs = (*(P() for _ in tokens), *(P(MODEL_AXIS) for _ in arrays))
-        summed: Array = self._sharded(local, specs, P())(*tokens, *arrays)
+        specs = (P(MODEL_AXIS), *(P() for _ in tokens), *(P(MODEL_AXIS) for _ in arrays))
+        summed: Array = self._sharded(local, specs, P())(batch.peers, *tokens, *arrays)
         return summed
 
     def _sharded(self, f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[..., Any]:

@@ -196,11 +196,10 @@ def test_the_declared_list_is_short(platform: Any, attention: Any, sizes: tuple[
     assert len({program.key for program in programs}) == most
 
 
-def test_every_forward_program_records_collectives_if_asked() -> None:
+def test_forward_programs_whose_kernels_wait_for_others_run_in_order() -> None:
     inputs = compiled_inputs()
-    runtime = Runtime("gpu", inputs.shardings.mesh, collectives_in_graph=True)
-    for program in declare_programs(inputs, lambda *_: pytest.fail("traced"), runtime):
-        is_forward = isinstance(program.key, PlanShape)
-        assert ("COLLECTIVES" in str(program.options.get("xla_gpu_enable_command_buffer"))) == is_forward, program.name
-    plain = declare_programs(inputs, lambda *_: pytest.fail("traced"), replace(runtime, collectives_in_graph=False))
-    assert not any("xla_gpu_enable_command_buffer" in program.options for program in plain)
+    for peer_sums in (True, False):
+        runtime = Runtime("gpu", inputs.shardings.mesh, peer_sums=peer_sums)
+        for program in declare_programs(inputs, lambda *_: pytest.fail("traced"), runtime):
+            is_bound = program.options.get("xla_gpu_command_buffer_scheduling_mode") == "SERIALIZE"
+            assert is_bound == (peer_sums and isinstance(program.key, PlanShape)), program.name

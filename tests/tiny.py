@@ -186,13 +186,10 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=OutputKind.FINAL_ONLY, **changes)
 
 
-class DenseRuntime:
-    """Stands in for Runtime: dense causal attention over the batch's own tokens, no pages."""
+class DenseRuntime(Runtime):
+    """Dense causal attention over the batch's own tokens, no pages."""
 
-    layout = None
-    matmul = "xla"
-
-    def attend(
+    def attend(  # type: ignore[override]
         self,
         q: jax.Array,
         k: jax.Array,
@@ -229,7 +226,7 @@ def _dense(spec: DecoderSpec) -> Any:
         batch = StepBatch(token_ids, jnp.arange(n), start, length, zero[None], token_ids, zero[0], zero, jnp.arange(n))
         specs = abstract_decoder(spec, jnp.float32).cache_specs()
         caches = tuple(jnp.zeros((1, *s.shape)) if isinstance(s, StateSpec) else zero for s in specs)
-        return apply(weights, batch, caches, DenseRuntime())[0]
+        return apply(weights, batch, caches, DenseRuntime("cpu"))[0]
 
     return logits
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, CacheKind, CacheSpec, Runtime, StepBatch
-from jaxserve.models.layers.linear import linear, linear_unscaled, parameter, value, weight
+from jaxserve.models.layers.linear import linear, linear_of_parts, linear_unscaled, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotate
@@ -67,7 +67,8 @@ class Attention(nnx.Module):
             mixed *= gate[..., None] if self.spec.gate_per_head else gate
         if self.out_norm is not None:
             mixed = self.out_norm(mixed)
-        return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (kv_pages,)
+        out = linear_of_parts(mixed, self.out.get_value(), value(self.out_bias), batch=batch, runtime=runtime, contract=2)
+        return out, (kv_pages,)
 
     def readers(self) -> tuple[Array | Fp8Weight, ...]:
         """The weights that x meets."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import LogicalAxes
+from jaxserve.models.interface import MODEL_AXIS, LogicalAxes, Runtime, StepBatch
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, linear_fp8, multiply_fp8
 
 MANY_ROWS = 256  # from which on a CPU's products with the weight on the right are the quicker ones
@@ -126,6 +129,29 @@ def _linear_outputs_first(x: Array, w: Array, contract: int, out_dtype: DTypeLik
 def _precision(x: Array) -> jax.lax.Precision | None:
     """float32 is asked for to get float32: GPUs and TPUs would otherwise round the inputs to fewer bits."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def linear_of_parts(
+    x: Float[Array, "T ..."] | Fp8Rows,
+    w: Float[Array, ...] | Fp8Weight | OutputsFirst,
+    bias: Float[Array, ...] | None = None,
+    *,
+    batch: StepBatch,
+    runtime: Runtime,
+    contract: int = 1,
+) -> Float[Array, "T ..."]:
+    """As linear, where the first axis that x and w have in common is cut over the devices: heads, or an mlp's F.
+
+    Where devices add up by themselves, each rounds its part of a row to 8 bits by that part's largest value.
+    """
+    if isinstance(w, OutputsFirst) or isinstance(x, Fp8Rows):
+        return linear(x, w, bias, contract=contract)
+    cut: Any = P(MODEL_AXIS)
+    if isinstance(w, Fp8Weight):
+        inputs, whole = P(*(None,) * (w.values.ndim - contract), MODEL_AXIS), None if w.input_scale is None else P()
+        cut = replace(w, values=cast(Any, inputs), scales=cast(Any, P()), input_scale=cast(Any, whole))
+    y = runtime.sum_parts(partial(linear, contract=contract), x, w, cut, x.ndim - contract, batch)
+    return y if bias is None else y + bias
 
 
 def linear_by_head(x: Float[Array, "T N A"], w: Float[Array, "N A B"]) -> Float[Array, "T N B"]:

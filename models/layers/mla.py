@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.interface import AnyCacheSpec, CacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.attention import heated
-from jaxserve.models.layers.linear import linear, linear_by_head, parameter, value, weight
+from jaxserve.models.layers.linear import linear, linear_by_head, linear_of_parts, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import Rotation, rotate
 from jaxserve.models.spec import MlaSpec
@@ -68,7 +68,8 @@ class Mla(nnx.Module):
         mixed = linear_by_head(mixed, self.v_up.get_value())
         if self.gate is not None:
             mixed *= jax.nn.sigmoid(linear(x, self.gate.get_value()))[..., None]
-        return linear(mixed, self.out.get_value(), value(self.out_bias), contract=2), (pages,)
+        out = linear_of_parts(mixed, self.out.get_value(), value(self.out_bias), batch=batch, runtime=runtime, contract=2)
+        return out, (pages,)
 
     def _rotated(self, x: Float[Array, "T N rope"], rotation: Rotation | None) -> Float[Array, "T N rope"]:
         return x if rotation is None or self.spec.rope is None else rotate(x, rotation, self.spec.rope.interleaved)

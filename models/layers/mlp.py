@@ -12,7 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.layers.linear import linear, parameter, value, weight
+from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.models.layers.linear import linear, linear_of_parts, parameter, value, weight
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, gated_fp8, have_kernels
 from jaxserve.models.spec import Activation, MlpSpec
@@ -79,8 +80,8 @@ class Mlp(nnx.Module):
         self.down = weight((spec.dim, d_model), ("ffn", "embed"), dtype)
         self.down_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None
 
-    def __call__(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T D"]:
-        out = linear(self._hidden(x), self.down.get_value(), value(self.down_bias))
+    def __call__(self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
+        out = linear_of_parts(self._hidden(x), self.down.get_value(), value(self.down_bias), batch=batch, runtime=runtime)
         return out if self.spec.out_multiplier == 1.0 else out * self.spec.out_multiplier
 
     def readers(self) -> tuple[Array | Fp8Weight, ...]:

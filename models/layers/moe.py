@@ -73,12 +73,12 @@ class Moe(nnx.Module):
             experts = jnp.where(has_weights, chosen, spec.num_experts)
             by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
             sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert
-            out = runtime.over_experts(sum_experts, (tokens, weights.astype(x.dtype), experts), arrays)
+            out = runtime.over_experts(sum_experts, (tokens, weights.astype(x.dtype), experts), arrays, batch)
             if spec.num_identity:
                 given_back = x * jnp.sum(jnp.where(chosen < spec.num_experts, 0, weights), axis=-1, keepdims=True).astype(x.dtype)
         out = apply_norm(self.experts_out_norm, out)
         if self.shared is not None:
-            shared = apply_norm(self.shared_out_norm, self.shared(apply_norm(self.shared_norm, x)))
+            shared = apply_norm(self.shared_out_norm, self.shared(apply_norm(self.shared_norm, x), batch, runtime))
             if self.shared_gate is not None:
                 shared *= jax.nn.sigmoid(linear(x, self.shared_gate.get_value()))
             out += shared

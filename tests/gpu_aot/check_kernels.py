@@ -173,10 +173,23 @@ def test_layers_of_real_size_run_their_kernels(name: str, program: str, kernels:
         assert not re.search(rf"\[{','.join(map(str, cache_.shape))}\]\S* copy\(", text), "pages or states are copied"
 
 
-@pytest.mark.parametrize("in_graph", [False, True])
-def test_two_devices_add_up_twice_a_layer(in_graph: bool, tmp_path: Path) -> None:
-    """And once for the embeddings; the logits are gathered. XLA's own all-reduce kernels, which no graph can hold, give way."""
-    model = plan(write_config(tmp_path, num_hidden_layers=3), "gpu:h100:2", 2, collectives_in_graph=in_graph)
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_two_devices_add_up_by_themselves(quantization: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Twice a layer and once for the embeddings, and gather the logits. What is too large for a slot is left to XLA."""
+    model = plan(write_config(tmp_path, num_hidden_layers=3), "gpu:h100:2", 2, quantization=quantization)
+    text = compile_step(model, "decode 64").as_text()
+    found = spilled("".join(capfd.readouterr()))
+    assert found and max(found) == 0
+    assert not count_collectives(text)
+    assert len(re.findall(r"custom-call\(.*all_reduce_kernel", text)) == 2 * 3 + 1
+    assert len(re.findall(r"custom-call\(.*all_gather_kernel", text)) == 1
+    many = count_collectives(compile_step(model, "forward 2048").as_text())
+    assert many.get("all-reduce", 0) == 2 * 3 + 1
+
+
+def test_two_devices_leave_adding_up_to_xla_if_asked(tmp_path: Path) -> None:
+    """It takes all-reduce kernels of its own, which no graph can hold."""
+    model = plan(write_config(tmp_path, num_hidden_layers=3), "gpu:h100:2", 2, peer_sums=False)
     text = compile_step(model, "decode 64").as_text()
     assert count_collectives(text) == {"all-reduce": 2 * 3 + 1, "all-gather": 1}
-    assert ("KERNEL_STRATEGY_TRITON" in text) is not in_graph
+    assert "KERNEL_STRATEGY_TRITON" in text

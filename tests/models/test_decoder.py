@@ -65,7 +65,7 @@ def test_embed_scale_is_rounded_to_the_dtype() -> None:
     decoder = Decoder(replace(SPEC, embed_scale=640**0.5), jnp.bfloat16)
     decoder.embed.set_value(jnp.ones((32, 16), jnp.bfloat16))
     batch, _ = prompts_batch(TOKENS)
-    assert set(np.asarray(decoder._embed(batch), np.float32).flat) == {25.25}
+    assert set(np.asarray(decoder._embed(batch, Runtime("cpu")), np.float32).flat) == {25.25}
 
 
 def test_description_says_what_apply_takes() -> None:

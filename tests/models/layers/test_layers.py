@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.models.interface import Runtime
 from jaxserve.models.layers.linear import MANY_ROWS, OutputsFirst, linear
 from jaxserve.models.layers.mlp import Mlp
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.rope import inverse_frequencies, rotate, rotation
 from jaxserve.models.spec import LinearScaling, Llama3Scaling, MlpSpec, NormSpec, RopeSpec
+from tests.models.forward import prompts_batch
 
 RNG = np.random.default_rng(0)
 
@@ -65,7 +67,7 @@ def test_mlp(gated: bool) -> None:
     hidden = np.asarray(x @ up[:, 0])
     hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
     wanted = (hidden * (x @ up[:, 1]) if gated else hidden) @ down
-    np.testing.assert_allclose(mlp(x), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mlp(x, prompts_batch(np.zeros((1, 3), np.int64))[0], Runtime("cpu")), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_rotation_turns_pairs_by_their_angles() -> None:

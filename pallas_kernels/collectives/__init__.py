@@ -1,0 +1,4 @@
+"""What the devices of a mesh axis send each other."""
+
+from jaxserve.pallas_kernels.collectives.api import all_gather as all_gather
+from jaxserve.pallas_kernels.collectives.api import all_reduce as all_reduce

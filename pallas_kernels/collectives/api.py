@@ -1,0 +1,33 @@
+"""Collectives under shard_map: their signatures, and the choice between kernels and XLA."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+Peers = Int32[Array, "1 entries 2"]
+"""This device's row of the table that peers.lend gives, with which GPUs send by writing into each other's memory."""
+
+
+def all_reduce(x: Float[Array, ...], peers: Peers | None, axis: str) -> Float[Array, ...]:
+    """The sum over a mesh axis, the same on all its devices. XLA's where the kernel does not serve x: more than some MB."""
+    if peers is not None:
+        from jaxserve.pallas_kernels.collectives import mosaic_gpu_all_reduce as kernel
+
+        if kernel.can_sum(x, peers.shape[1] - 1):
+            by_kernel: jax.Array = kernel.all_reduce(x, peers)
+            return by_kernel
+    summed: jax.Array = jax.lax.psum(x, axis)
+    return summed
+
+
+def all_gather(x: Float[Array, "S P"], peers: Peers | None, axis: str) -> Float[Array, "S V"]:
+    """The columns that the devices of a mesh axis have, side by side; at most as much as was lent for it."""
+    if peers is not None:
+        from jaxserve.pallas_kernels.collectives import mosaic_gpu_all_gather as kernel
+
+        if kernel.can_gather(x, peers.shape[1] - 1):
+            by_kernel: jax.Array = kernel.all_gather(x, peers)
+            return by_kernel
+    gathered: jax.Array = jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    return gathered
