@@ -38,10 +38,15 @@ def run(
 ) -> tuple[Float[Array, "slots heads P N"], Float[Array, "T heads P"]]:
     """The recurrence over a step's tokens; see recurrence.run. Heads of several devices are XLA's to cut."""
     is_whole = runtime.mesh is None or runtime.mesh.size == 1
-    if batch.is_decode and runtime.attention == "mosaic_gpu" and is_whole and decayed_state.serves(pool):
-        return decayed_state.advance(pool, *inputs, batch.slots, batch.starts)
-    result: tuple[Array, Array] = recurrence.run(pool, inputs, batch, step=step, chunk=chunk, chunk_size=CHUNK)
+    has_kernel = runtime.attention == "mosaic_gpu" and is_whole and decayed_state.serves(pool)
+    result: tuple[Array, Array] = recurrence.run(
+        pool, inputs, batch, step=step, chunk=chunk, chunk_size=CHUNK, advance=_advance if has_kernel else None
+    )
     return result
+
+
+def _advance(pool: Array, inputs: Inputs, slots: Array, starts: Array) -> tuple[Array, Array]:
+    return decayed_state.advance(pool, *inputs, slots, starts)
 
 
 def step(states: Float[Array, "B heads P N"], inputs: Inputs) -> tuple[Array, Array]:

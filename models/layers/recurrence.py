@@ -33,6 +33,7 @@ def run(
     chunk: Callable[[Tree, Tree, Bool[Array, " C"]], tuple[Tree, Tree]],
     chunk_size: int,
     empty: float = 0.0,
+    advance: Callable[[Tree, Tree, Int[Array, " B"], Bool[Array, " B"]], tuple[Tree, Tree]] | None = None,
 ) -> tuple[Tree, Tree]:
     """Applies a recurrence to every request of the step.
 
@@ -44,11 +45,15 @@ def run(
             are the last ones, and zeros; they must not change the state, and their outputs are not read.
         chunk_size: C.
         empty: what a request's state is filled with before its first token.
+        advance: (pools, inputs [B, ...], slots, starts) -> (pools, outputs [B, ...]): a kernel that is `step` in each row's slot, and
+            leaves out slots past the pool; their outputs are not read.
 
     Returns:
         The pools, and the outputs [T, ...]; those of tokens not in use are unspecified.
     """
     if batch.is_decode:
+        if advance is not None:
+            return advance(pools, inputs, batch.slots, batch.starts)
         if 2 * batch.slots.shape[0] > jax.tree.leaves(pools)[0].shape[0]:
             return _step_in_place(pools, inputs, batch, step, empty)
         states, outputs = step(read_states(pools, batch.slots, batch.starts, empty), inputs)
@@ -58,9 +63,15 @@ def run(
     # 1) Rows with one token. They come first, so row b's token is token b.
     inputs = jax.tree.map(lambda x: _pad(x, max(chunk_size, ROW_BLOCK)), inputs)
     outputs = _empty_outputs(pools, inputs, step)
-    pools, outputs = lax.fori_loop(
-        0, _cdiv(batch.num_single_rows, ROW_BLOCK), _row_block(batch, inputs, step, empty), (pools, outputs)
-    )
+    num_rows = batch.slots.shape[0]
+    if advance is not None and num_rows <= num_tokens:
+        slots = jnp.where(jnp.arange(num_rows) < batch.num_single_rows, batch.slots, NO_SLOT)
+        pools, result = advance(pools, jax.tree.map(lambda x: x[:num_rows], inputs), slots, batch.starts)
+        outputs = jax.tree.map(lambda y, new: lax.dynamic_update_slice_in_dim(y, new, 0, 0), outputs, result)
+    else:
+        pools, outputs = lax.fori_loop(
+            0, _cdiv(batch.num_single_rows, ROW_BLOCK), _row_block(batch, inputs, step, empty), (pools, outputs)
+        )
     # 2) The others. A chunk may run past its row's end: what it writes there belongs to the rows behind it, which come later.
     lengths = batch.query_start[1:] - batch.query_start[:-1]
     num_chunks = jnp.where(jnp.arange(lengths.shape[0]) < batch.num_single_rows, 0, _cdiv(lengths, chunk_size))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,26 +14,38 @@ from jaxserve.pallas_kernels import decayed_state
 from jaxserve.pallas_kernels.decayed_state import advance, serves
 
 
-def step_of(rows: int) -> StepBatch:
-    """A decode step of rows that are in use but for the last; row 1 begins."""
-    lens = jnp.full(rows, 5).at[1].set(1).at[-1].set(0)
-    zeros, starts = jnp.zeros(rows, jnp.int32), jnp.minimum(jnp.arange(rows + 1), rows - 1)
-    slots = jnp.arange(rows, dtype=jnp.int32).at[-1].set(2**31 - 1)
-    return StepBatch(zeros, zeros, starts, lens, zeros[:, None], zeros, jnp.int32(rows - 1), slots, zeros)
+def step_of(lens: list[int], num_tokens: int) -> StepBatch:
+    """A step of rows with so many tokens each, those with one first; row 1 begins, the last slot's row is not in use."""
+    rows, ends = len(lens), np.cumsum([0, *lens])
+    kv_lens = jnp.asarray([n and n + 4 * (b != 1) for b, n in enumerate(lens)])
+    zeros, single = jnp.zeros(rows, jnp.int32), jnp.int32(sum(n == 1 for n in lens))
+    slots = jnp.asarray([b if n else 2**31 - 1 for b, n in enumerate(lens)], jnp.int32)
+    tokens = jnp.zeros(num_tokens, jnp.int32)
+    return StepBatch(tokens, tokens, jnp.asarray(ends, jnp.int32), kv_lens, zeros[:, None], tokens, single, slots, zeros)
 
 
-def test_a_layer_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decayed_state, "advance", partial(advance, interpret=True))
-    rng, rows = np.random.default_rng(0), 4
+@pytest.mark.parametrize("lens", [[1, 1, 1, 0], [1, 1, 3, 0]], ids=["decode", "mixed"])
+def test_a_layer_runs_it(lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interpreted(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        calls.append(args)
+        return advance(*args, interpret=True)
+
+    monkeypatch.setattr(decayed_state, "advance", interpreted)
+    rng, rows = np.random.default_rng(0), len(lens)
+    num_tokens = rows if max(lens) == 1 else 8
     pool, q, k, v = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in [(5, 2, 16, 32), (rows, 1, 32), (rows, 1, 32), (rows, 2, 16)]
+        for shape in [(5, 2, 16, 32), (num_tokens, 1, 32), (num_tokens, 1, 32), (num_tokens, 2, 16)]
     )
     inputs = decayed_attention.Inputs(q, k, v, -jnp.abs(v[..., 0]))
-    got, y = decayed_attention.run(pool, inputs, step_of(rows), Runtime("gpu", attention="mosaic_gpu"))
-    want, expected = decayed_attention.run(pool, inputs, step_of(rows), Runtime("cpu"))
+    batch = step_of(lens, num_tokens)
+    got, y = decayed_attention.run(pool, inputs, batch, Runtime("gpu", attention="mosaic_gpu"))
+    want, expected = decayed_attention.run(pool, inputs, batch, Runtime("cpu"))
+    assert len(calls) == 1
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(y[:-1], expected[:-1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y[: sum(lens)], expected[: sum(lens)], rtol=1e-4, atol=1e-4)
 
 
 def check(rows: int, slots: int, heads: int, groups: int, dim: int, size: int, interpret: bool) -> None:
