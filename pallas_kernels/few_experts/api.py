@@ -86,4 +86,4 @@ def multiply(
     """
     from jaxserve.pallas_kernels.few_experts import mosaic_gpu
 
-    return mosaic_gpu.multiply(x, w, choice.experts, choice.num_blocks, choice.most_blocks, activation)
+    return mosaic_gpu.multiply(x, w, choice.experts, choice.num_blocks, choice.most_blocks, choice.blocks.shape[0], activation)

@@ -29,13 +29,13 @@ def multiply(
     experts: Int[Array, " E"],
     num_blocks: Int[Array, " 1"],
     most_blocks: int,
+    block: int,
     activation: Callable[[Array], Array] | None,
-) -> Float[Array, "most_blocks*T N"]:
-    """See api.multiply."""
+) -> Float[Array, "most_blocks*block N"]:
+    """See api.multiply; `block` rows are one expert's."""
     parts = 1 if activation is None else 2
     num_cols = w.shape[2] // parts
     cols = 128 if parts == 1 and num_cols % 128 == 0 else 64
-    block = x.shape[0] if x.shape[0] < ROWS else x.shape[0] // most_blocks
     tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     body = _Body(
         block=block, is_shared=x.shape[0] == block, pieces=x.shape[1] // DEPTH, cols=cols, across=num_cols // cols, parts=parts,

@@ -60,12 +60,12 @@ def assert_same_product(got: jax.Array, want: jax.Array, choice: Choice) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", [None, jax.nn.silu])
-def test_products_in_the_interpreter(activation: Activation | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_experts", "activation"), [(4, None), (2, jax.nn.silu)])
+def test_products_in_the_interpreter(num_experts: int, activation: Activation | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that all blocks have alike, and of these products in turn, which each block has its own."""
     monkeypatch.setattr(mosaic_gpu, "CTAS", 2)
     monkeypatch.setattr(mosaic_gpu, "STAGES", 2)
-    x, w, choice = case(4, 128, 256, used=3)
+    x, w, choice = case(num_experts, 128, 256, used=3)
     want = reference.multiply(x, w, choice, activation)
     down = w.transpose(0, 2, 1)[:, : want.shape[1], :64]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
