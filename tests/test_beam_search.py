@@ -81,7 +81,7 @@ def assert_as_reference(output: RequestOutput, case: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quickest_compiles")
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.extra)])
 def test_finds_what_transformers_finds(name: str, tmp_path: Path) -> None:
     """All of a checkpoint's cases at once, in fewer slots than they have beams."""
     cases = [case for case in REFERENCE if case["model"] == name]

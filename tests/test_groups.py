@@ -111,7 +111,7 @@ def test_a_hit_needs_of_windows_only_the_last() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_pages", [200, 42])
+@pytest.mark.parametrize("num_pages", [pytest.param(200, marks=pytest.mark.extra), 42])
 def test_samples_hits_preemption_and_beams(num_pages: int) -> None:
     """The small pool preempts; what comes is what each request gives alone."""
     sampled = SamplingParams(n=3, seed=1, max_tokens=90, output_kind=OutputKind.FINAL_ONLY)

@@ -128,7 +128,7 @@ class User:
     "options",
     [
         {},
-        {"window": 24, "page_size": 32, "num_pages": 12},
+        pytest.param({"window": 24, "page_size": 32, "num_pages": 12}, marks=pytest.mark.extra),
         {"window": 24, "hybrid": True, "num_pages": 40},
         {"window": 24, "all_windowed": True},
         {"recurrent": True},
