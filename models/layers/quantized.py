@@ -33,7 +33,7 @@ class Fp8Weight:
 
     values: Float[Array, ...]
     scales: Float[Array, ...]
-    input_scale: Float[Array, ""] | None = None
+    input_scale: Array | None = None  # of any kind: specifications of shardings take its place
     rounding: Implementation = field(default="xla", metadata={"static": True})
 
     @property

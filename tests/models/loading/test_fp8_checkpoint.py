@@ -105,7 +105,7 @@ def test_kept_weights_stand_for_the_same_numbers(case: str, form: str, tmp_path:
     _, wanted = open_and_load(plain)
     arrays, kept = iter(weights), set()
     for parameter, want in zip(model.parameters, wanted, strict=True):
-        value = parameter.value(arrays)
+        value = parameter.value(arrays, "xla")
         if parameter.form == "plain":
             np.testing.assert_array_equal(value, want)
             continue
