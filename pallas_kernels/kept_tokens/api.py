@@ -18,13 +18,13 @@ from jaxserve.pallas_kernels.paged_attention import Implementation
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cuts:
-    """What each row keeps; what would keep every token is None's stand-in.
+    """What each row keeps.
 
     Attributes:
         scale: [S], one over the temperature: what is compared is logits * scale.
-        top_k: [S], a token is kept if fewer than so many are larger; every token for 0 or less.
-        top_p: [S], the largest tokens of those that make up this part of their probability, the one that reaches it too; 1 is all.
-        min_p: [S], those of at least this part of the largest one's probability.
+        top_k: [S], a token is kept if fewer than so many are larger; 0 or less keeps all.
+        top_p: [S], of those, the largest that make up this part of their probability, the one that reaches it included; 1 keeps all.
+        min_p: [S], and at least this part of the largest one's probability; 0 keeps all.
     """
 
     scale: Float[Array, " S"]
