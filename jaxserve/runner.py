@@ -23,6 +23,7 @@ from jaxserve.request import Request
 from jaxserve.sampler import Mode
 from jaxserve.shaping import Shaping
 from jaxserve.sharding import Shardings
+from jaxserve.small_arrays import leave_room
 from jaxserve.step import DeviceState
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_results import StepResults
@@ -45,6 +46,9 @@ class Runner:
         starts = [(i, size, start) for i, size in sizes for start in range(0, size, inputs.buckets.block)]
         self._places = {(size, start): self._send(np.array([i, start], np.int32)) for i, size, start in starts}
         self._make_state()
+        # Of tokens and plans; only where addresses matter, which is to CUDA graphs.
+        sizes = (4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size) if "stage" in programs.compiled else ()
+        self._room = leave_room(sizes, lambda size: self._send(np.zeros(size, np.uint8)))
 
     def warm_up(self) -> None:
         """Runs every program of a step twice; before any request, as it writes to a page. A GPU's first runs make CUDA graphs."""
