@@ -47,8 +47,8 @@ class Runner:
         self._places = {(size, start): self._send(np.array([i, start], np.int32)) for i, size, start in starts}
         self._make_state()
         # Of tokens and plans; only where addresses matter, which is to CUDA graphs.
-        sizes = (4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size) if "stage" in programs.compiled else ()
-        self._room = leave_room(sizes, lambda size: self._send(np.zeros(size, np.uint8)))
+        small = (4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size) if "stage" in programs.compiled else ()
+        self._room = leave_room(small, lambda size: self._send(np.zeros(size, np.uint8)))
 
     def warm_up(self) -> None:
         """Runs every program of a step twice; before any request, as it writes to a page. A GPU's first runs make CUDA graphs."""
