@@ -12,9 +12,9 @@ COUNT = 8  # more arrays of a size than two steps have
 def leave_room(num_bytes: Iterable[int], make: Callable[[int], jax.Array]) -> list[jax.Array]:
     """Leaves holes of these sizes between arrays that stay.
 
-    XLA's allocator takes the smallest hole that an array fits in. Without holes of their own a step's plan and tokens take the beginning
-    of the free memory, and the next program's temporary memory begins behind them, now here and now there; a CUDA graph whose memory
-    has moved is recorded anew.
+    XLA's allocator takes the smallest hole that an array fits in. Without holes of their own a step's plan and tokens would take the
+    beginning of the free memory, and the next program's temporary memory begin behind them, now here and now there; a CUDA graph whose
+    memory has moved is recorded anew. That this happens is a guess, not a measurement (bench/NOTES.md).
 
     Args:
         num_bytes: of arrays that come and go.

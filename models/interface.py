@@ -129,9 +129,13 @@ class Runtime:
     peer_sums: bool = False
 
     @property
+    def has_one_device(self) -> bool:
+        return self.mesh is None or self.mesh.size == 1
+
+    @property
     def rounding(self) -> kernels.Implementation:
         """What rounds activations to 8 bits. Several devices have parts of a row each, of which the kernel knows nothing."""
-        return "xla" if self.mesh is not None and self.mesh.size > 1 else self.attention
+        return self.attention if self.has_one_device else "xla"
 
     @property
     def rotates_and_writes(self) -> bool:
@@ -296,7 +300,7 @@ class Runtime:
         return summed
 
     def _sharded(self, f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[..., Any]:
-        if self.mesh is None or self.mesh.size == 1:
+        if self.has_one_device:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

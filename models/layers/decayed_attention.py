@@ -37,8 +37,7 @@ def run(
     pool: Float[Array, "slots heads P N"], inputs: Inputs, batch: StepBatch, runtime: Runtime
 ) -> tuple[Float[Array, "slots heads P N"], Float[Array, "T heads P"]]:
     """The recurrence over a step's tokens; see recurrence.run. Heads of several devices are XLA's to cut."""
-    is_whole = runtime.mesh is None or runtime.mesh.size == 1
-    has_kernel = runtime.attention == "mosaic_gpu" and is_whole and decayed_state.serves(pool)
+    has_kernel = runtime.attention == "mosaic_gpu" and runtime.has_one_device and decayed_state.serves(pool)
     result: tuple[Array, Array] = recurrence.run(
         pool, inputs, batch, step=step, chunk=chunk, chunk_size=CHUNK, advance=_advance if has_kernel else None
     )

@@ -18,13 +18,12 @@ Experts = tuple[Float[Array, "E D M"], Float[Array, "E M"] | None, Float[Array, 
 def serves(x: Float[Array, "T D"], spec: MoeSpec, experts: Experts, runtime: Runtime) -> bool:
     """Whether the kernels do this step. Experts of several devices are not theirs."""
     up, _, down, _ = experts
-    is_whole = runtime.mesh is None or runtime.mesh.size == 1
     router = spec.router
     is_odd = spec.num_identity or spec.weight_on_input or router.expert_scale or router.scores == "sparsemixer"
     is_bf16 = x.dtype == up.dtype == down.dtype == jnp.bfloat16
     return (
         runtime.attention == "mosaic_gpu"
-        and is_whole
+        and runtime.has_one_device
         and not is_odd
         and is_bf16
         and few_experts.serves(x.shape[0], up.shape, down.shape)
