@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.paged_attention import (
-    mosaic_gpu_decode,
+    mosaic_gpu_decode_kernel,
     mosaic_gpu_decode_pages,
     mosaic_gpu_latent_kernel,
     mosaic_gpu_prefill,
@@ -39,7 +39,7 @@ def interpreted() -> Iterator[None]:
         patch.setattr(mosaic_gpu_rope, "turn_token", turn_token)
         patch.setattr(mosaic_gpu_decode_pages, "take", take)
         for function in DECODE:
-            patch.setattr(mosaic_gpu_decode, function.__name__, function)
+            patch.setattr(mosaic_gpu_decode_kernel, function.__name__, function)
         for function in LATENT:
             patch.setattr(mosaic_gpu_latent_kernel, function.__name__, function)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import reference
-from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeConfig, decode
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode import decode
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_decode_kernel import DecodeConfig
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import DecodePlan, plan_decode
 from tests.pallas_kernels.gpu_interpreter import interpreted
 from tests.pallas_kernels.paged_cases import Shape, paged_case
