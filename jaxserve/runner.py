@@ -5,6 +5,7 @@ Nothing here waits for the device except `collect`, and nothing eager runs betwe
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from itertools import batched, chain
 from typing import Any, cast
@@ -45,6 +46,7 @@ class Runner:
         sizes = enumerate(inputs.buckets.samples)
         starts = [(i, size, start) for i, size in sizes for start in range(0, size, inputs.buckets.block)]
         self._places = {(size, start): self._send(np.array([i, start], np.int32)) for i, size, start in starts}
+        self._lent: list[jax.Array] = []
         self._make_state()
         # Of tokens and plans; only where addresses matter, which is to CUDA graphs.
         small = (4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size) if "stage" in programs.compiled else ()
@@ -75,8 +77,14 @@ class Runner:
             self._state = replace(self._state, peers=peers)
 
     def _delete_state(self) -> None:
-        for array in jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results)):
+        arrays = jax.tree.leaves((self._state, self._last_tokens, self._shaping, self._packed, self._results))
+        if self._lent:  # to which kernels may still write, as XLA does not know
+            for array in arrays:
+                with suppress(RuntimeError):  # a step that failed has taken it along
+                    array.block_until_ready()
+        for array in arrays + self._lent:
             array.delete()
+        self._lent = []
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Sends one step on its way; returns before the device has run it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -178,6 +179,25 @@ def test_reset_frees_the_old_state_before_it_makes_the_new_one(monkeypatch: pyte
     monkeypatch.setattr(runner, "programs", type(programs)({"reset": check}))
     runner.reset()
     assert not runner._state.caches[0].is_deleted()
+
+
+@pytest.mark.parametrize("end", ["reset", "shutdown"])
+def test_what_devices_lend_each_other_goes_with_the_state(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = tiny_engine().runner
+    fresh = runner.programs.named("reset")
+    # A GPU's state has a table of this memory's addresses.
+    monkeypatch.setattr(runner, "programs", type(runner.programs)({"reset": lambda: with_peers(fresh())}))
+    runner.reset()
+    lent = runner._lent
+    assert lent and not any(array.is_deleted() for array in lent)
+    getattr(runner, end)()
+    assert all(array.is_deleted() for array in lent)
+    assert len(runner._lent) == (len(lent) if end == "reset" else 0)
+
+
+def with_peers(fresh: Any) -> Any:
+    state, *others = fresh
+    return replace(state, peers=jnp.zeros((1, 2, 2), jnp.int32)), *others
 
 
 # Logits that are not finite

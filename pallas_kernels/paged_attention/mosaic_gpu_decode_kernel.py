@@ -4,7 +4,8 @@
 and a compute warpgroup (two wgmmas and the online softmax). The G query heads of a kv head fill the first of wgmma's 64 rows, or
 those of up to 64 / G requests that share the item's pages (mosaic_gpu_sharing.py): that is then the one difference between items.
 Workers take the items of the plan one by one, from a counter. Each gives a partial result and its log-sum-exp; the last of a
-row's splits to finish merges them (flash decoding; Dao et al. 2023). Sizes are data: one compiled program serves every mix of lengths.
+row's splits to finish merges them (flash decoding; Dao et al. 2023). Sizes are data: one compiled program serves every mix of
+lengths.
 """
 
 import dataclasses
