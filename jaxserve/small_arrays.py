@@ -14,7 +14,7 @@ def leave_room(num_bytes: Iterable[int], make: Callable[[int], jax.Array]) -> li
 
     XLA's allocator takes the smallest hole that an array fits in. Without holes of their own a step's plan and tokens would take the
     beginning of the free memory, and the next program's temporary memory begin behind them, now here and now there; a CUDA graph whose
-    memory has moved is recorded anew. That this happens is a guess, not a measurement (bench/NOTES.md).
+    memory has moved is updated, which takes the host more than a millisecond a step (bench/NOTES.md).
 
     Args:
         num_bytes: of arrays that come and go.
