@@ -40,6 +40,7 @@ class Phase:
         options: of the engine.
         cases: names; then comes what `kind` adds.
         scale: how many times a case's requests are submitted.
+        without: properties of Runtime that are False, whatever they are otherwise.
         needs_s: with less of the budget left it is not begun.
         limit_s: after which it is killed.
     """
@@ -49,6 +50,7 @@ class Phase:
     scale: int = 1
     compares: bool = True
     soaks: bool = False
+    without: tuple[str, ...] = ()
     needs_s: float = 60
     limit_s: float = 150
 
@@ -58,6 +60,10 @@ PHASES = {
     "tp2": Phase(TP2, limit_s=130),
     "soak": Phase(TP2 | {"enable_prefix_caching": False}, (), compares=False, soaks=True, limit_s=100),
     "dp2": Phase({"data_parallel_size": 2}, scale=2, compares=False, limit_s=110),
+    # Without caches: what is traced is found by code and options, which say nothing of `without`.
+    "tp2_norms_apart": Phase(
+        TP2 | {"compilation_cache_dir": ""}, CASES[:3], compares=False, without=("norms_sums",), limit_s=100
+    ),
     "tp2_xla": Phase(TP2 | {"peer_sums": False}, CASES[:3], limit_s=110),
 }
 
@@ -128,8 +134,11 @@ def run_phase(args: argparse.Namespace, phase: Phase) -> None:
     import jax
 
     from jaxserve.llm import LLM
+    from jaxserve.models.interface import Runtime
     from jaxserve.startup import build_engine
 
+    for name in phase.without:
+        setattr(Runtime, name, False)
     found: dict[str, Any] = circumstances(jax.devices()) | {"options": phase.options}
     del found["command"]
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxserve.models import summed_layers
 from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
 from jaxserve.models.interface import MODEL_AXIS, AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
@@ -248,21 +249,27 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits of batch.logit_rows, and the caches with this step's tokens.
         """
-        x = embedded = self._embed(batch, runtime)
+        embedded = self._embed(batch, runtime)
+        x: Any = embedded
         rotations = self._rotations(batch)
         layout = runtime.layout or one_table(self.cache_specs())
         inputs = None if self.inputs is None else self.inputs(batch.token_ids, embedded)
         if self.streams is not None:
             x = self.streams.made_of(x)
-        arrays = list(caches)
+        arrays, is_summed = list(caches), summed_layers.serves(self.spec, batch, runtime)
+        if is_summed:
+            x = summed_layers.enter(x, self.layers[0])
         for i, (layer, layer_spec, places) in enumerate(zip(self.layers, self.spec.layers, self._places(layout), strict=True)):
             own = tuple(arrays[place.array] for place in places)
             shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
             layer_batch = batch.with_table(_table_of(places))
             own_input = None if inputs is None else inputs[:, i]
-            x, own = _run_layer(
-                *nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime, *shared, own_input=own_input
-            )
+            common = (*nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime)
+            if is_summed:
+                behind = summed_layers.following(self.layers[i + 1]) if i + 1 < len(self.layers) else None
+                x, own = summed_layers.run_layer(*common, behind)
+            else:
+                x, own = _run_layer(*common, *shared, own_input=own_input)
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
         x = jnp.take(x, batch.logit_rows, axis=0, mode="clip")

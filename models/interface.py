@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.models.cache_layout import CacheLayout
 from jaxserve.models.cache_spec import AnyCacheSpec, CacheKind, CacheSpec, StateSpec
 from jaxserve.pallas_kernels import paged_attention as kernels
-from jaxserve.pallas_kernels.collectives import all_gather, all_reduce
+from jaxserve.pallas_kernels.collectives import all_gather, all_reduce, all_reduce_normed
 
 __all__ = [
     "MODEL_AXIS",
@@ -138,6 +138,11 @@ class Runtime:
         return self.attention if self.has_one_device else "xla"
 
     @property
+    def norms_sums(self) -> bool:
+        """Whether the kernel that adds up what GPUs have also adds the residual stream and norms it (models/summed_layers.py)."""
+        return self.peer_sums
+
+    @property
     def rotates_and_writes(self) -> bool:
         """Whether a kernel does both at once, for which the layer keeps q, k and v as one."""
         return self.attention == "mosaic_gpu"
@@ -233,9 +238,38 @@ class Runtime:
         def local(x: Array, w: Any, peers: Array) -> Array:
             return all_reduce(multiply(x, w), peers, MODEL_AXIS)
 
-        cut_x = P(*(MODEL_AXIS if i == axis else None for i in range(x.ndim)))
-        summed: Array = self._sharded(local, (cut_x, cut_w, P(MODEL_AXIS)), P())(x, w, batch.peers)
+        summed: Array = self._sharded(local, (_cut_at(axis, x.ndim), cut_w, P(MODEL_AXIS)), P())(x, w, batch.peers)
         return summed
+
+    def sum_parts_normed(
+        self,
+        multiply: Callable[[Array, Any], Array],
+        x: Float[Array, "T ..."],
+        w: Any,
+        cut_w: Any,
+        axis: int,
+        residual: Float[Array, "T D"],
+        norm: tuple[Array, float, float],
+        next_weights: Array,
+        next_axis: int,
+        batch: StepBatch,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """residual plus sum_parts, where devices do have parts, and the RMS norm of that.
+
+        Args:
+            norm: gain, eps and what is added to the gain.
+            next_weights: what the norm is multiplied by, so that it may be fetched meanwhile.
+            next_axis: of those, cut over the devices.
+        """
+        gain, eps, offset = norm
+
+        def local(x: Array, w: Any, residual: Array, gain: Array, weights: Array, peers: Array) -> tuple[Array, Array]:
+            how = {"eps": eps, "offset": offset}
+            return all_reduce_normed(multiply(x, w), residual, gain, peers, MODEL_AXIS, next_weights=weights, **how)
+
+        specs = (_cut_at(axis, x.ndim), cut_w, P(), P(), _cut_at(next_axis, next_weights.ndim), P(MODEL_AXIS))
+        result: tuple[Array, Array] = self._sharded(local, specs, (P(), P()))(x, w, residual, gain, next_weights, batch.peers)
+        return result
 
     def look_up(self, table: Float[Array, "V D"], batch: StepBatch) -> Float[Array, "T D"]:
         """The step's tokens' rows of a table that may be cut over the devices."""
@@ -305,10 +339,13 @@ class Runtime:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def _cut_at(axis: int, ndim: int) -> P:
+    return P(*(MODEL_AXIS if i == axis else None for i in range(ndim)))
+
+
 def pages_partition(implementation: kernels.Implementation) -> P:
     """How a pool whose heads spread over devices is cut."""
-    axis = kernels.head_axis(implementation)
-    return P(*(MODEL_AXIS if i == axis else None for i in range(4)))
+    return _cut_at(kernels.head_axis(implementation), 4)
 
 
 def _rows_of(batch: StepBatch) -> tuple[Array, ...]:

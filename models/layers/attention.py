@@ -59,6 +59,19 @@ class Attention(nnx.Module):
         runtime: Runtime,
     ) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
         """Gives the layer's output and the pages with this step's keys and values."""
+        mixed, caches = self.heads(x, caches, batch, rotation, runtime)
+        out = linear_of_parts(mixed, self.out.get_value(), value(self.out_bias), batch=batch, runtime=runtime, contract=2)
+        return out, caches
+
+    def heads(
+        self,
+        x: Float[Array, "T D"] | Fp8Rows,
+        caches: tuple[Array, ...],
+        batch: StepBatch,
+        rotation: Rotation | None,
+        runtime: Runtime,
+    ) -> tuple[Float[Array, "T N H"], tuple[Array, ...]]:
+        """What the output projection reads, and the pages."""
         (kv_pages,) = caches
         mixed, kv_pages = self._read(x, kv_pages, batch, rotation, runtime)
         if self.gate is not None:
@@ -67,8 +80,7 @@ class Attention(nnx.Module):
             mixed *= gate[..., None] if self.spec.gate_per_head else gate
         if self.out_norm is not None:
             mixed = self.out_norm(mixed)
-        out = linear_of_parts(mixed, self.out.get_value(), value(self.out_bias), batch=batch, runtime=runtime, contract=2)
-        return out, (kv_pages,)
+        return mixed, (kv_pages,)
 
     def readers(self) -> tuple[Array | Fp8Weight, ...]:
         """The weights that x meets."""

@@ -81,14 +81,15 @@ class Mlp(nnx.Module):
         self.down_bias = parameter((d_model,), ("embed",), dtype) if spec.bias else None
 
     def __call__(self, x: Float[Array, "T D"] | Fp8Rows, batch: StepBatch, runtime: Runtime) -> Float[Array, "T D"]:
-        out = linear_of_parts(self._hidden(x), self.down.get_value(), value(self.down_bias), batch=batch, runtime=runtime)
+        out = linear_of_parts(self.hidden(x), self.down.get_value(), value(self.down_bias), batch=batch, runtime=runtime)
         return out if self.spec.out_multiplier == 1.0 else out * self.spec.out_multiplier
 
     def readers(self) -> tuple[Array | Fp8Weight, ...]:
         """The weights that x meets."""
         return (self.up.get_value(),)
 
-    def _hidden(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T F"] | Fp8Rows:
+    def hidden(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T F"] | Fp8Rows:
+        """What the last projection reads."""
         spec, weights = self.spec, (self.up.get_value(), self.down.get_value())
         is_plain = spec.gated and not (spec.bias or spec.clamped or spec.sparsity or spec.hidden_norm)
         if is_plain and spec.activation in IN_KERNELS and spec.gate_multiplier == 1.0 and have_kernels(weights):

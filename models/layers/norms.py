@@ -54,6 +54,11 @@ class Norm(nnx.Module):
         rows = quantized_rows.quantize_normed(x, gain, eps=self.spec.eps, offset=offset, implementation=readers[0].rounding)
         return Fp8Rows(*rows, dtype=x.dtype)
 
+    def gain(self) -> Float[Array, ...]:
+        """The gain, where there is one."""
+        assert self.weight is not None
+        return self.weight.get_value()
+
     def gained(self, y: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """The gain and the bias of each dimension applied to normalised rows."""
         gain, bias = value(self.weight), value(self.bias)

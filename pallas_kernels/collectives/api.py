@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 Peers = Int32[Array, "1 entries 2"]
@@ -19,6 +20,36 @@ def all_reduce(x: Float[Array, ...], peers: Peers | None, axis: str) -> Float[Ar
             return by_kernel
     summed: jax.Array = jax.lax.psum(x, axis)
     return summed
+
+
+def all_reduce_normed(
+    x: Float[Array, "T D"],
+    residual: Float[Array, "T D"],
+    gain: Float[Array, " D"],
+    peers: Peers | None,
+    axis: str,
+    *,
+    eps: float,
+    offset: float,
+    next_weights: Array | None = None,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """residual plus the sum of x over a mesh axis, and the RMS norm of that times (gain + offset), in float32.
+
+    Args:
+        next_weights: what is multiplied by the norm, which the kernel fetches into the cache, in part, while it waits.
+    """
+    if peers is not None and gain.dtype == x.dtype == residual.dtype:
+        from jaxserve.pallas_kernels.collectives import mosaic_gpu_all_reduce_norm as kernel
+
+        if kernel.can_norm(x, peers.shape[1] - 1):
+            by_kernel: tuple[Array, Array] = kernel.all_reduce_normed(
+                x, residual, gain, peers, next_weights, eps=eps, offset=offset
+            )
+            return by_kernel
+    total = residual + all_reduce(x, peers, axis)
+    wide = total.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return total, (normed * (gain.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def all_gather(x: Float[Array, "S P"], peers: Peers | None, axis: str) -> Float[Array, "S V"]:

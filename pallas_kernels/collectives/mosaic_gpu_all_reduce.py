@@ -83,8 +83,7 @@ def all_reduce(x: BFloat16[Array, ...], table: Int32[Array, "1 entries 2"]) -> B
 def _sum(place: Any, x: Any, y: Any, devices: int, units: int, per_block: int) -> None:
     """What a block does. Blocks overlap where units do not divide: they write the same bits."""
     count = place.counted(1)
-    parity = arith.andi(arith.extui(const(0).type, count), const(1))
-    slots = plus(const(BLOCKS * FLAG_BYTES), times(parity, devices * SLOT_BYTES))
+    slots = slots_of(count, devices)
     first = arith.minui(times(place.block, per_block), const(units - per_block))
     offset = plus(times(first, UNIT_BYTES), times(place.thread, 16))
     x = plus(x, offset)
@@ -100,15 +99,32 @@ def _sum(place: Any, x: Any, y: Any, devices: int, units: int, per_block: int) -
         sources.append(arith.select(equal(place.rank, const(rank)), x, there))
     parts = [[load_16(source, unit * UNIT_BYTES) for source in sources] for unit in range(per_block)]
     for unit, of_devices in enumerate(parts):
-        store_16(plus(y, offset), [_add_pairs(words) for words in zip(*of_devices, strict=True)], unit * UNIT_BYTES)
+        store_16(plus(y, offset), [pack(*add_wide(words)) for words in zip(*of_devices, strict=True)], unit * UNIT_BYTES)
 
 
-def _add_pairs(words: Sequence[Any]) -> Any:
-    """Adds words that are each two bfloat16 numbers, in float32, and rounds once."""
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    lows = [arith.bitcast(f32, arith.shli(word, mgpu.c(16, i32))) for word in words]
-    highs = [arith.bitcast(f32, arith.andi(word, mgpu.c(-65536, i32))) for word in words]
-    low, high = lows[0], highs[0]
-    for more_low, more_high in zip(lows[1:], highs[1:], strict=True):
+def slots_of(count: Any, devices: int) -> Any:
+    """Where an exchange's slots begin in lent memory, one for each rank."""
+    parity = arith.andi(arith.extui(const(0).type, count), const(1))
+    return plus(const(BLOCKS * FLAG_BYTES), times(parity, devices * SLOT_BYTES))
+
+
+def add_wide(words: Sequence[Any]) -> tuple[Any, Any]:
+    """Adds words that are each two bfloat16 numbers, in float32."""
+    low, high = widen(words[0])
+    for word in words[1:]:
+        more_low, more_high = widen(word)
         low, high = arith.addf(low, more_low), arith.addf(high, more_high)
+    return low, high
+
+
+def widen(word: Any) -> tuple[Any, Any]:
+    """Two bfloat16 numbers in float32, the lower half first."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    low = arith.bitcast(f32, arith.shli(word, mgpu.c(16, i32)))
+    return low, arith.bitcast(f32, arith.andi(word, mgpu.c(-65536, i32)))
+
+
+def pack(low: Any, high: Any) -> Any:
+    """Two float32 numbers rounded to bfloat16, in a word."""
+    i32 = ir.IntegerType.get_signless(32)
     return utils.inline_ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result_types=i32)

@@ -25,7 +25,7 @@ from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
 from jaxserve.programs import compile_program, declare_programs
 from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
-from tests.tpu.steps import compile_step, count_collectives, plan, write_config
+from tests.tpu.steps import compile_step, copied_weights, count_collectives, plan, write_config
 
 TARGET = "gpu:h100:1"
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -175,13 +175,18 @@ def test_layers_of_real_size_run_their_kernels(name: str, program: str, kernels:
 
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_two_devices_add_up_by_themselves(quantization: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Twice a layer and once for the embeddings, and gather the logits. What is too large for a slot is left to XLA."""
+    """Twice a layer and once for the embeddings, and gather the logits. What is too large for a slot is left to XLA.
+
+    All sums but those of the embeddings and of the last layer are normed in the same kernel.
+    """
     model = plan(write_config(tmp_path, num_hidden_layers=3), "gpu:h100:2", 2, quantization=quantization)
     text = compile_step(model, "decode 64").as_text()
     found = spilled("".join(capfd.readouterr()))
     assert found and max(found) == 0
     assert not count_collectives(text)
-    assert len(re.findall(r"custom-call\(.*all_reduce_kernel", text)) == 2 * 3 + 1
+    assert len(re.findall(r"custom-call\(.*all_reduce_norm_kernel", text)) == 2 * 3 - 1
+    assert len(re.findall(r"custom-call\(.*all_reduce_kernel", text)) == 2
+    assert not copied_weights(model, text)
     assert len(re.findall(r"custom-call\(.*all_gather_kernel", text)) == 1
     many = count_collectives(compile_step(model, "forward 2048").as_text())
     assert many.get("all-reduce", 0) == 2 * 3 + 1

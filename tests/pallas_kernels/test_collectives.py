@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxserve.models.description import describe_decoder
 from jaxserve.models.interface import MODEL_AXIS, Runtime
 from jaxserve.models.mlp_spec import MlpSpec, MoeSpec, RouterSpec
 from jaxserve.models.spec import DecoderSpec
-from jaxserve.pallas_kernels.collectives import all_gather, all_reduce
+from jaxserve.pallas_kernels.collectives import all_gather, all_reduce, all_reduce_normed
 from jaxserve.pallas_kernels.collectives.peers import lend
 from jaxserve.sharding import make_mesh
 from tests.tiny import tiny_spec, tiny_weights
@@ -35,15 +36,17 @@ def with_experts() -> DecoderSpec:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_kept_compiled", "quickest_compiles")
-def test_layers_hand_over_their_parts() -> None:
-    """In float32, which the kernel does not sum: XLA does, in the same places."""
-    spec = with_experts()
+@pytest.mark.parametrize("is_plain", [False, True], ids=["experts", "plain"])
+def test_layers_hand_over_their_parts(is_plain: bool) -> None:
+    """In float32, which the kernels do not sum: XLA does, in the same places. Plain layers add and norm in one."""
+    spec = tiny_spec() if is_plain else with_experts()
     weights = tiny_weights(spec)[1]
     rows = [Row(0, 0, [5, 60, 95, 7], pages=[0, 1])]
     found = []
     for devices in (1, DEVICES):
         mesh = make_mesh(devices)
-        core = Core(describe_decoder("tiny", spec, jnp.float32), Runtime("cpu", mesh), 16, 4, 2, 2)
+        runtime = Runtime("cpu", mesh, peer_sums=devices > 1)
+        core = Core(describe_decoder("tiny", spec, jnp.float32), runtime, 16, 4, 2, 2)
         shape, state = core.shape(4, 1), core.init_state()
         if devices > 1:
             state = replace(state, peers=jnp.zeros((devices, devices + 1, 2), jnp.int32))
@@ -54,7 +57,7 @@ def test_layers_hand_over_their_parts() -> None:
         )
         found.append(compiled(weights, state, jnp.zeros(2, jnp.int32), core.pack(rows, shape))[1].logits)
         # Sums of embeddings, attention, and experts with the shared one, which are sent together. Weights are whole: XLA adds nothing.
-        wanted = {} if devices == 1 else {"all-reduce": 3, "all-gather": 1}
+        wanted = {} if devices == 1 else {"all-reduce": 1 + 2 * len(spec.layers), "all-gather": 1}
         assert count_collectives(compiled.as_text()) == wanted
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
 
@@ -84,6 +87,39 @@ def test_the_kernel_sums_on_gpus(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(np.asarray(first, np.float32), wanted, rtol=2e-2, atol=2e-2)
         for other in others:
             np.testing.assert_array_equal(first, other)
+    del lent
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs two GPUs")
+@pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 4096), (256, 4096), (100, 1024), (64, 8192)])
+def test_the_kernel_sums_and_norms_on_gpus(shape: tuple[int, int]) -> None:
+    """Ten in a row, each of the one before; between them other kernels' sums, which share slots and flags."""
+    mesh = make_mesh(DEVICES)
+    lent, table = lend(mesh)
+    x = jax.random.normal(jax.random.key(1), (DEVICES, *shape), jnp.bfloat16)
+    gain, weights = jax.random.normal(jax.random.key(2), shape[1:], jnp.bfloat16), jnp.ones((shape[1], 6144), jnp.bfloat16)
+
+    def sums(x: jax.Array, table: jax.Array, *, by_kernel: bool) -> tuple[jax.Array, ...]:
+        peers = table if by_kernel else None
+        total = normed = jnp.zeros_like(x[0])
+        for _ in range(10):
+            how: Any = {"eps": 1e-5, "offset": 1.0, "next_weights": weights}
+            total, normed = all_reduce_normed(x[0] + normed, total / 2, gain, peers, MODEL_AXIS, **how)
+            normed += all_reduce(jnp.ones((16, 1024), jnp.bfloat16), peers, MODEL_AXIS)[0, 0]
+        return total, normed
+
+    specs = {"mesh": mesh, "in_specs": (P(MODEL_AXIS), P(MODEL_AXIS)), "out_specs": P(), "check_vma": False}
+    want = jax.jit(jax.shard_map(partial(sums, by_kernel=False), **specs))(x, table)
+    program = jax.jit(jax.shard_map(partial(sums, by_kernel=True), **specs))
+    for _ in range(20):
+        for got, wanted in zip(program(x, table), want, strict=True):
+            first, *others = (np.asarray(shard.data) for shard in got.addressable_shards)
+            wide = np.asarray(wanted.addressable_shards[0].data, np.float32)
+            apart = np.abs(np.asarray(first, np.float32) - wide)  # roundings go through ten norms
+            assert apart.mean() < 0.01 * np.abs(wide).mean() and apart.max() < 0.1 * np.abs(wide).max()
+            for other in others:
+                np.testing.assert_array_equal(first, other)
     del lent
 
 
