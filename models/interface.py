@@ -37,8 +37,6 @@ LogicalAxes = tuple[str | None, ...]
 embed: model width D. vocab: V. heads/kv_heads: N/K. ffn: F. experts: E. None: never sharded.
 """
 
-"""What multiplies few rows by weights; all other rows are XLA's."""
-
 ShardingFor = Callable[[LogicalAxes, tuple[int, ...]], Sharding]
 """Gives the sharding of an array from its logical axes and its shape; handed to the loaders, which know no mesh."""
 
@@ -250,22 +248,20 @@ class Runtime:
         axis: int,
         residual: Float[Array, "T D"],
         norm: tuple[Array, float, float],
-        next_weights: Array,
-        next_axis: int,
+        following: tuple[Array, int],
         batch: StepBatch,
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         """residual plus sum_parts, where devices do have parts, and the RMS norm of that.
 
         Args:
             norm: gain, eps and what is added to the gain.
-            next_weights: what the norm is multiplied by, so that it may be fetched meanwhile.
-            next_axis: of those, cut over the devices.
+            following: what the norm is multiplied by, so that it may be fetched meanwhile, and which axis of it is cut.
         """
-        gain, eps, offset = norm
+        (gain, eps, offset), (next_weights, next_axis) = norm, following
 
         def local(x: Array, w: Any, residual: Array, gain: Array, weights: Array, peers: Array) -> tuple[Array, Array]:
-            how = {"eps": eps, "offset": offset}
-            return all_reduce_normed(multiply(x, w), residual, gain, peers, MODEL_AXIS, next_weights=weights, **how)
+            arrays = (multiply(x, w), residual, gain, peers)
+            return all_reduce_normed(*arrays, MODEL_AXIS, eps=eps, offset=offset, next_weights=weights)
 
         specs = (_cut_at(axis, x.ndim), cut_w, P(), P(), _cut_at(next_axis, next_weights.ndim), P(MODEL_AXIS))
         result: tuple[Array, Array] = self._sharded(local, specs, (P(), P()))(x, w, residual, gain, next_weights, batch.peers)

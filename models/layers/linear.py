@@ -180,7 +180,7 @@ def add_parts_normed(
     assert not isinstance(w, OutputsFirst) and not isinstance(reader, OutputsFirst) and not isinstance(x, Fp8Rows)
     values, axis = (reader.values, reader_axis) if isinstance(reader, Fp8Weight) else (reader, 1 + reader_axis)
     multiply, cut = partial(linear, contract=contract), _cut(w, contract)
-    return runtime.sum_parts_normed(multiply, x, w, cut, x.ndim - contract, residual, norm, values, axis, batch)
+    return runtime.sum_parts_normed(multiply, x, w, cut, x.ndim - contract, residual, norm, (values, axis), batch)
 
 
 def linear_by_head(x: Float[Array, "T N A"], w: Float[Array, "N A B"]) -> Float[Array, "T N B"]:
