@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ CASES = ("decode_b1", "decode_b64", "decode_b256", "mixed_1000")
 NEAR_TIE = 0.1  # nats between the two likeliest tokens, below which bfloat16 sums in another order may choose the other
 STUCK_S = 30.0  # a step takes milliseconds
 TP2 = {"tensor_parallel_size": 2}
+UNCACHED = TP2 | {"compilation_cache_dir": ""}
+KERNEL = "jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce_norm"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Phase:
         options: of the engine.
         cases: names; then comes what `kind` adds.
         scale: how many times a case's requests are submitted.
-        without: properties of Runtime that are False, whatever they are otherwise.
+        patches: module, attribute and value, of what no option says. Such phases have no caches, which know nothing of it.
         needs_s: with less of the budget left it is not begun.
         limit_s: after which it is killed.
     """
@@ -50,7 +54,7 @@ class Phase:
     scale: int = 1
     compares: bool = True
     soaks: bool = False
-    without: tuple[str, ...] = ()
+    patches: tuple[tuple[str, str, Any], ...] = ()
     needs_s: float = 60
     limit_s: float = 150
 
@@ -60,10 +64,14 @@ PHASES = {
     "tp2": Phase(TP2, limit_s=130),
     "soak": Phase(TP2 | {"enable_prefix_caching": False}, (), compares=False, soaks=True, limit_s=100),
     "dp2": Phase({"data_parallel_size": 2}, scale=2, compares=False, limit_s=110),
-    # Without caches: what is traced is found by code and options, which say nothing of `without`.
     "tp2_norms_apart": Phase(
-        TP2 | {"compilation_cache_dir": ""}, CASES[:3], compares=False, without=("norms_sums",), limit_s=100
+        UNCACHED, CASES[:3], patches=(("jaxserve.models.interface", "Runtime.norms_sums", False),), compares=False, limit_s=100
     ),
+    "tp2_flagless": Phase(UNCACHED, CASES[:3], patches=((KERNEL, "FLAGLESS", True),), limit_s=110),
+    "soak_flagless": Phase(
+        UNCACHED | {"enable_prefix_caching": False}, (), patches=((KERNEL, "FLAGLESS", True),), compares=False, soaks=True
+    ),
+    "tp2_unfetched": Phase(UNCACHED, CASES[:3], patches=((KERNEL, "PREFETCHED_BYTES", 0),), compares=False, limit_s=100),
     "tp2_xla": Phase(TP2 | {"peer_sums": False}, CASES[:3], limit_s=110),
 }
 
@@ -134,11 +142,11 @@ def run_phase(args: argparse.Namespace, phase: Phase) -> None:
     import jax
 
     from jaxserve.llm import LLM
-    from jaxserve.models.interface import Runtime
     from jaxserve.startup import build_engine
 
-    for name in phase.without:
-        setattr(Runtime, name, False)
+    for module, name, patch in phase.patches:
+        *path, last = name.split(".")
+        setattr(reduce(getattr, path, import_module(module)), last, patch)
     found: dict[str, Any] = circumstances(jax.devices()) | {"options": phase.options}
     del found["command"]
 
