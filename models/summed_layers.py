@@ -89,12 +89,8 @@ def run_layer(
     assert isinstance(mixer, Attention) and isinstance(mlp, Mlp) and norm is not None
     devices: Any = {"batch": batch, "runtime": runtime}
     mixed, caches = mixer.heads(stream.normed, caches, batch, rotation, runtime)
-    x, normed = add_parts_normed(
-        *(stream.x, mixed, mixer.out.get_value(), (norm.gain(), *_constants(norm)), mlp.up.get_value()),
-        **devices,
-        contract=2,
-        reader_axis=FFN,
-    )
+    own_norm, out, up = (norm.gain(), *_constants(norm)), mixer.out.get_value(), mlp.up.get_value()
+    x, normed = add_parts_normed(stream.x, mixed, out, own_norm, up, **devices, contract=2, reader_axis=FFN)
     hidden, down = mlp.hidden(normed), mlp.down.get_value()
     if behind is None:
         return x + linear_of_parts(hidden, down, **devices), caches
