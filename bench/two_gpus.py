@@ -67,10 +67,6 @@ PHASES = {
     "tp2_norms_apart": Phase(
         UNCACHED, CASES[:3], patches=(("jaxserve.models.interface", "Runtime.norms_sums", False),), compares=False, limit_s=100
     ),
-    "tp2_flagless": Phase(UNCACHED, CASES[:3], patches=((KERNEL, "FLAGLESS", True),), limit_s=110),
-    "soak_flagless": Phase(
-        UNCACHED | {"enable_prefix_caching": False}, (), patches=((KERNEL, "FLAGLESS", True),), compares=False, soaks=True
-    ),
     "tp2_unfetched": Phase(UNCACHED, CASES[:3], patches=((KERNEL, "PREFETCHED_BYTES", 0),), compares=False, limit_s=100),
     "tp2_xla": Phase(TP2 | {"peer_sums": False}, CASES[:3], limit_s=110),
 }

@@ -1,7 +1,6 @@
 """All-reduce, the residual stream and an RMS norm in one kernel, which meanwhile asks for the weights that are read next.
 
-A thread block has whole rows, so it can norm what it has added up. Where each has one row, the exchange is mosaic_gpu_flagless's; else
-slots and flags are those of mosaic_gpu_all_reduce.
+A thread block has whole rows, so it can norm what it has added up. Exchanges, slots and flags are those of mosaic_gpu_all_reduce.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     times,
     utils,
 )
-from jaxserve.pallas_kernels.collectives.mosaic_gpu_flagless import Flagless, can_exchange
 
-FLAGLESS = False  # not measured yet; where few rows allow it
 AT_ONCE = 40  # loads of 16 bytes that a thread has under way at most: they are in registers
 WARPS = THREADS // 32
 PREFETCHED_BYTES = 16 << 20  # of the next weights; a third of the second-level cache, which may hold each line twice
@@ -93,16 +90,11 @@ def all_reduce_normed(
             for ref in weights:
                 assert next_weights is not None
                 _prefetch(place, address_of(ref), next_weights.nbytes)
-            has_few = FLAGLESS and rows <= BLOCKS and can_exchange(width // UNIT, devices)
-            flagless = Flagless(place, devices) if has_few else None
             with mgpu.when(less(place.block, const(rows))):
                 team = _Team(place, rows, width, devices)
-                words = team.add(address_of(x), address_of(residual), address_of(total), flagless)
+                words = team.add(address_of(x), address_of(residual), address_of(total))
                 team.norm(words, address_of(gain), address_of(normed), shared, eps, offset)
-            if flagless is None:
-                place.leave(1)
-            else:
-                flagless.end()
+            place.leave(1)
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
 
@@ -128,17 +120,8 @@ class _Team:
         self.offsets = [plus(times(arith.minui(row, const(rows - 1)), 2 * width), column) for row in own]
         self.column = column
 
-    def add(self, x: Any, residual: Any, total: Any, flagless: Flagless | None) -> list[list[Words]]:
+    def add(self, x: Any, residual: Any, total: Any) -> list[list[Words]]:
         """Stores residual plus all devices' x to total; also gives it, by row and unit, as pairs of bfloat16."""
-        if flagless is None:
-            return self._add_by_slots(x, residual, total)
-        (offset,) = self.offsets
-        mine, own = self._load(plus(x, offset)), self._load(plus(residual, offset))
-        sums = [_added(of_unit) for of_unit in zip(*flagless.swap(mine), own, strict=True)]
-        self._store(plus(total, offset), sums)
-        return [sums]
-
-    def _add_by_slots(self, x: Any, residual: Any, total: Any) -> list[list[Words]]:
         place = self.place
         count = place.counted(1)
         slots = slots_of(count, self.devices)
@@ -158,7 +141,8 @@ class _Team:
             offsets = self.offsets[first : first + at_once]
             loaded = [[self._load(plus(source, offset)) for source in (*sources, residual)] for offset in offsets]
             for offset, parts in zip(offsets, loaded, strict=True):
-                sums.append([_added(of_unit) for of_unit in zip(*parts, strict=True)])
+                by_unit = zip(*parts, strict=True)
+                sums.append([[pack(*add_wide(words)) for words in zip(*of_unit, strict=True)] for of_unit in by_unit])
                 self._store(plus(total, offset), sums[-1])
         return sums
 
@@ -202,11 +186,6 @@ class _Team:
             for i in range(len(numbers))
         ]
         return [functools.reduce(arith.addf, of_row) for of_row in parts]
-
-
-def _added(of_unit: Sequence[Words]) -> Words:
-    """A unit's words of several sources, added up in their order."""
-    return [pack(*add_wide(words)) for words in zip(*of_unit, strict=True)]
 
 
 def _sum_of_squares(row: Sequence[Words]) -> Any:
