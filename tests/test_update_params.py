@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,29 +85,39 @@ def test_forms_of_the_tree(form: str) -> None:
         np.testing.assert_array_equal(x, tree[name])
 
 
-def wrong_trees(params: Tree) -> dict[str, tuple[Any, str]]:
-    deleted = jnp.array(params["embed"], copy=True)
-    deleted.delete()
-    return {
-        "missing": ({n: x for n, x in params.items() if n != "embed"}, "lack embed;"),
-        "unknown": (params | {"more": params["embed"]}, "hold unknown more; give what `params` holds: 15 arrays by name"),
-        "both": (
-            {f"x{n}": x for n, x in params.items()},
-            "lack embed, final_norm.weight, layers.0.* and 12 more and hold unknown",
-        ),
-        "shape": (params | {"embed": params["embed"][:-1]}, r"embed is float32\[95, 32\], not float32\[96, 32\]"),
-        "dtype": (params | {"embed": params["embed"].astype(jnp.bfloat16)}, r"embed is bfloat16\[96, 32\], not float32"),
-        "no array": (params | {"embed": 1.0}, "embed is a float, not an array"),
-        "deleted": (params | {"embed": deleted}, "embed is deleted"),
-        "twice": (params | {"layers": {"0.mixer.qkv": params["embed"]}}, "hold layers.0.mixer.qkv twice"),
-        "nothing": (None, "lack"),
-    }
+def deleted(array: jax.Array) -> jax.Array:
+    copy = jnp.array(array, copy=True)
+    copy.delete()
+    return copy
 
 
-@pytest.mark.parametrize("kind", wrong_trees(tiny_engine().params))
+WRONG: dict[str, tuple[Callable[[Tree], Any], str]] = {
+    "missing": (lambda params: {n: x for n, x in params.items() if n != "embed"}, "lack embed;"),
+    "unknown": (
+        lambda params: params | {"more": params["embed"]},
+        "hold unknown more; give what `params` holds: 15 arrays by name",
+    ),
+    "both": (
+        lambda params: {f"x{n}": x for n, x in params.items()},
+        "lack embed, final_norm.weight, layers.0.* and 12 more and hold unknown",
+    ),
+    "shape": (lambda params: params | {"embed": params["embed"][:-1]}, r"embed is float32\[95, 32\], not float32\[96, 32\]"),
+    "dtype": (
+        lambda params: params | {"embed": params["embed"].astype(jnp.bfloat16)},
+        r"embed is bfloat16\[96, 32\], not float32",
+    ),
+    "no array": (lambda params: params | {"embed": 1.0}, "embed is a float, not an array"),
+    "deleted": (lambda params: params | {"embed": deleted(params["embed"])}, "embed is deleted"),
+    "twice": (lambda params: params | {"layers": {"0.mixer.qkv": params["embed"]}}, "hold layers.0.mixer.qkv twice"),
+    "nothing": (lambda params: None, "lack"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_tree_changes_nothing(kind: str) -> None:
     engine = tiny_engine()
-    tree, text = wrong_trees(engine.params)[kind]
+    make, text = WRONG[kind]
+    tree = make(engine.params)
     prompt = random_prompts(1, [40])[0]
     want = alone(engine, prompt, greedy(20))
     request_id = engine.add_request(prompt, greedy(20))

@@ -31,6 +31,7 @@ from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, make_mesh
 from jaxserve.weight_store import WeightStore
+from tests.older_emitters import older_emitters
 
 VOCAB = 96
 CHUNK = 40  # positions, of the hybrid's chunked layer
@@ -121,7 +122,8 @@ def _programs(
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
     inputs = ProgramInputs(abstract, state, slots, VOCAB, buckets, shardings, layout.arrays)
     runtime = Runtime("cpu", mesh, layout=layout)
-    return buckets, inputs, compile_programs(inputs, apply, runtime, threads=2), layout, placed
+    with older_emitters():
+        return buckets, inputs, compile_programs(inputs, apply, runtime, threads=2), layout, placed
 
 
 def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> Engine:

@@ -54,9 +54,11 @@ def test_one_rotation_for_each_distinct_rope(tmp_path: Path) -> None:
     assert str(jax.make_jaxpr(run)(weights, batch, empty_caches(model, num_pages, 1))).count(" cos ") == 2
 
 
+MORE = [pytest.param(*case, marks=pytest.mark.extra) for case in (("llama", 4), ("gemma3_text", 2))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [2, 4])
-@pytest.mark.parametrize("case", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("case, num_devices", [("llama", 2), ("gemma3_text", 4), *MORE])
 def test_tensor_parallel(case: str, num_devices: int, tmp_path: Path) -> None:
     """Two kv heads over two and four devices: cut, and repeated."""
     mesh = make_mesh(num_devices)
