@@ -129,3 +129,10 @@ def _widest(reaches: set[Reach]) -> Reach:
     if not windows or len(windows) < len(reaches):
         return Reach()
     return Reach(max(windows)) if len(reaches) > 1 else next(iter(reaches))
+
+
+def table_of(places: tuple[CachePlace, ...]) -> int:
+    """The page table of a layer whose caches have these places; 0 if it has no pages."""
+    tables = {place.table for place in places if place.table is not None}
+    assert len(tables) < 2, f"a layer's pages are in one table; got {places}"
+    return tables.pop() if tables else 0

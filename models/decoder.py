@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models import summed_layers
-from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table
+from jaxserve.models import late_sums, summed_layers
+from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table, table_of
 from jaxserve.models.interface import MODEL_AXIS, AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
 from jaxserve.models.layers.attention import Attention
@@ -30,6 +30,7 @@ from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotation
 from jaxserve.models.layers.rwkv import ChannelMix
 from jaxserve.models.layers.shared_block import SharedBlock, SharedUse
+from jaxserve.models.layers.unsummed import Unadded, added
 from jaxserve.models.recurrent_spec import ChannelMixSpec
 from jaxserve.models.spec import BorrowingAttentionSpec, DecoderSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec, Shares
 
@@ -66,20 +67,23 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T ..."],
+        x: Float[Array, "T ..."] | Unadded,
         caches: tuple[Array, ...],
         batch: StepBatch,
         rotation: Rotation | None,
         runtime: Runtime,
         shared: tuple[SharedBlock, Array] | None = None,
         own_input: Float[Array, "T P"] | None = None,
-    ) -> tuple[Float[Array, "T ..."], tuple[Array, ...]]:
+    ) -> tuple[Float[Array, "T ..."] | Unadded, tuple[Array, ...]]:
         """What leaves the layer, and the caches with this step's tokens.
 
         Args:
             x: [T, D]; or the streams [T, A, D]; or [T, 2, D] with what the shortcut of the layer before gives beside it.
             shared: the block that the layer goes through beside its mixer, and the embeddings, for it.
         """
+        if runtime.sums_in_kernels and late_sums.serves(self):
+            return late_sums.run(self, x, caches, batch, rotation, runtime)
+        x = added(x)
         if self.altup is None:
             x, late = (x, None) if x.ndim == 2 else (x[:, 0], x[:, 1])
             x, caches = self._compute(x, caches, batch, rotation, runtime, shared)
@@ -189,7 +193,7 @@ def _make_mlp(d_model: int, spec: MlpSpec | MoeSpec | ChannelMixSpec, dtype: DTy
 def _run_layer(
     graphdef: nnx.GraphDef[DecoderLayer],
     state: Any,
-    x: Float[Array, "T ..."],
+    x: Float[Array, "T ..."] | Unadded,
     caches: tuple[Array, ...],
     batch: StepBatch,
     rotation: Rotation | None,
@@ -199,7 +203,7 @@ def _run_layer(
     embedded: Float[Array, "T D"] | None = None,
     *,
     own_input: Float[Array, "T P"] | None = None,
-) -> tuple[Float[Array, "T ..."], tuple[Array, ...]]:
+) -> tuple[Float[Array, "T ..."] | Unadded, tuple[Array, ...]]:
     """Traced and lowered once for all layers alike; XLA inlines the calls, so that nothing is left of them at run time."""
     layer = nnx.merge(graphdef, state)
     if shared_graphdef is None or embedded is None:
@@ -262,7 +266,7 @@ class Decoder(nnx.Module):
         for i, (layer, layer_spec, places) in enumerate(zip(self.layers, self.spec.layers, self._places(layout), strict=True)):
             own = tuple(arrays[place.array] for place in places)
             shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
-            layer_batch = batch.with_table(_table_of(places))
+            layer_batch = batch.with_table(table_of(places))
             own_input = None if inputs is None else inputs[:, i]
             common = (*nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime)
             if is_summed:
@@ -272,7 +276,7 @@ class Decoder(nnx.Module):
                 x, own = _run_layer(*common, *shared, own_input=own_input)
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
-        x = jnp.take(x, batch.logit_rows, axis=0, mode="clip")
+        x = jnp.take(added(x), batch.logit_rows, axis=0, mode="clip")
         return self._logits(x if self.streams is None else self.streams.merged(x), batch, runtime), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:
@@ -324,12 +328,6 @@ class Decoder(nnx.Module):
         if self.spec.logit_softcap is not None:
             logits = self.spec.logit_softcap * jnp.tanh(logits / self.spec.logit_softcap)
         return logits
-
-
-def _table_of(places: tuple[CachePlace, ...]) -> int:
-    tables = {place.table for place in places if place.table is not None}
-    assert len(tables) < 2, f"a layer's pages are in one table; got {places}"
-    return tables.pop() if tables else 0
 
 
 def abstract_decoder(spec: DecoderSpec, dtype: DTypeLike) -> Decoder:

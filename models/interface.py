@@ -141,13 +141,18 @@ class Runtime:
         return self.peer_sums
 
     @property
+    def sums_in_kernels(self) -> bool:
+        """Whether kernels add up what a product gives in parts: those of norms (models/late_sums.py) and of rope."""
+        return self.attention == "mosaic_gpu" and self.has_one_device
+
+    @property
     def rotates_and_writes(self) -> bool:
         """Whether a kernel does both at once, for which the layer keeps q, k and v as one."""
         return self.attention == "mosaic_gpu"
 
     def rotate_and_write(
         self,
-        qkv: Float[Array, "T K G+2 H"],
+        qkv: Float[Array, "... T K G+2 H"],
         rotation: tuple[Array, Array],
         kv_pages: Float[Array, "pages ..."],
         batch: StepBatch,
@@ -165,9 +170,8 @@ class Runtime:
         f = partial(kernels.rotate_and_write, implementation=self.attention, eps=eps, offset=offset)
         heads, pool = P(None, MODEL_AXIS), pages_partition(self.attention)
         specs = (heads, P(), P(), pool, P(), P(), P(MODEL_AXIS), P())
-        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(
-            qkv, *rotation, kv_pages, batch.write_slots, *scales, gains
-        )
+        arrays = (qkv, *rotation, kv_pages, batch.write_slots, *scales, gains)
+        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(*arrays)
         return result
 
     def attend(
@@ -186,7 +190,6 @@ class Runtime:
         alibi: Float[Array, " N"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "pages ..."]]:
         """Writes the step's keys and values, if they are given, to their pages, in place where donated; causal attention over these."""
-
         attend = partial(
             kernels.paged_attention,
             scale=scale,
@@ -198,8 +201,8 @@ class Runtime:
         )
         heads, pool, by_head = P(None, MODEL_AXIS, None), pages_partition(self.attention), P(MODEL_AXIS)
         specs = (heads, heads, heads, pool, *(P(),) * 5, by_head, by_head)
-        over_heads = self._sharded(attend, specs, (heads, pool))
-        result: tuple[Array, Array] = over_heads(q, k, v, kv_pages, *_rows_of(batch), sinks, alibi)
+        arrays = (q, k, v, kv_pages, *_rows_of(batch), sinks, alibi)
+        result: tuple[Array, Array] = self._sharded(attend, specs, (heads, pool))(*arrays)
         return result
 
     def attend_latent(
@@ -213,12 +216,11 @@ class Runtime:
         value_dim: int,
     ) -> tuple[Float[Array, "T N V"], Float[Array, "pages ..."]]:
         """The same where a row is key and value in one for all heads; its first value_dim numbers are the value."""
-
         attend = partial(kernels.paged_attention, scale=scale, value_dim=value_dim, implementation=self.attention)
         heads = P(None, MODEL_AXIS, None)
-        specs = (heads, P(), P(), P(), *(P(),) * 5)
-        over_heads = self._sharded(attend, specs, (heads, P()))
-        result: tuple[Array, Array] = over_heads(q, latent[:, None], None, pages, *_rows_of(batch))
+        specs = (heads, *(P(),) * 8)
+        arrays = (q, latent[:, None], None, pages, *_rows_of(batch))
+        result: tuple[Array, Array] = self._sharded(attend, specs, (heads, P()))(*arrays)
         return result
 
     def sum_parts(
@@ -278,8 +280,7 @@ class Runtime:
             rows = jnp.where(is_own[:, None], jnp.take(table, row, axis=0, mode="clip"), 0)
             return all_reduce(rows, peers, MODEL_AXIS)
 
-        specs = (P(MODEL_AXIS), P(), P(MODEL_AXIS))
-        rows: Array = self._sharded(local, specs, P())(table, batch.token_ids, batch.peers)
+        rows: Array = self._sharded(local, (P(MODEL_AXIS), P(), P(MODEL_AXIS)), P())(table, batch.token_ids, batch.peers)
         return rows
 
     def gather_columns(

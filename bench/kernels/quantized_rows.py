@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxserve.models.layers.rope import rotate
 from jaxserve.pallas_kernels.paged_attention import Implementation, mosaic_gpu_rope, rotate_and_write, write_kv
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu, reference
-from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu import Config
+from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu_team import Config
 
 Operation = Callable[..., Any]
 

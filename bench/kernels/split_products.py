@@ -1,7 +1,7 @@
 """Times products of few rows whose parts are added up by who reads them: PYTHONPATH=. python bench/kernels/split_products.py [--out FILE].
 
 XLA cuts the inputs of such a product in parts, so that all multiprocessors have work, and adds up in a kernel of its own. Cut in the
-program instead, the parts [S, T, N] could be added up by the kernel that reads them: a rope, a norm. Microseconds a product of many in
+program instead, the parts [S, T, N] are added up by the kernel that reads them: a rope, a norm. Microseconds a product of many in
 one CUDA graph, with weights that no cache holds: as it is ("whole"), and in S parts without the sum.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "down": (4096, 14336)}  # Llama-3.1-8B: outputs, inputs
+SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "down": (4096, 14336), "up": (28672, 4096)}  # Llama-3.1-8B: outputs, inputs
 TYPES = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--weights", type=int, default=8, help="different ones, which together are more than a cache holds")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--parts", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--parts", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--seconds", type=float, default=60, help="begin nothing new after so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from jaxserve.models.layers.linear import linear, linear_of_parts, linear_unscal
 from jaxserve.models.layers.norms import Norm
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight
 from jaxserve.models.layers.rope import Rotation, rotate
+from jaxserve.models.layers.unsummed import multiply_in_parts
 from jaxserve.models.spec import AttentionSpec, TemperatureSpec
 
 
@@ -82,6 +83,11 @@ class Attention(nnx.Module):
             mixed = self.out_norm(mixed)
         return mixed, (kv_pages,)
 
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether nothing happens to the last product."""
+        return self.out_bias is None
+
     def readers(self) -> tuple[Array | Fp8Weight, ...]:
         """The weights that x meets."""
         return tuple(w.get_value() for w in (self.qkv, self.gate) if w is not None)
@@ -100,10 +106,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T N H"], Array]:
         """What each head reads, and the pages."""
         if rotation is not None and runtime.rotates_and_writes and self._only_rotates:
-            qkv, scales = linear_unscaled(x, self.qkv.get_value(), value(self.qkv_bias))
+            qkv, scales = self._unscaled(x, runtime)
             q, kv_pages = runtime.rotate_and_write(qkv, rotation, kv_pages, batch, scales, **self._norms())
             return self._attend(q, None, None, kv_pages, batch, runtime)
         return self._mix(*self._project(x, batch, rotation), kv_pages, batch, runtime)
+
+    def _unscaled(self, x: Array | Fp8Rows, runtime: Runtime) -> tuple[Array, tuple[Array | None, Array | None]]:
+        """q, k and v as one, which may be in parts, and what rows and columns are yet to be multiplied by."""
+        weight, bias = self.qkv.get_value(), value(self.qkv_bias)
+        product = multiply_in_parts(x, weight, runtime) if bias is None else None
+        if product is None:
+            return linear_unscaled(x, weight, bias)
+        return product.parts if len(product.parts) > 1 else product.parts[0], (product.row_scales, product.scales)
 
     @property
     def _only_rotates(self) -> bool:

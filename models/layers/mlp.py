@@ -88,6 +88,11 @@ class Mlp(nnx.Module):
         """The weights that x meets."""
         return (self.up.get_value(),)
 
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether nothing happens to the last product."""
+        return self.down_bias is None and self.spec.out_multiplier == 1.0
+
     def hidden(self, x: Float[Array, "T D"] | Fp8Rows) -> Float[Array, "T F"] | Fp8Rows:
         """What the last projection reads."""
         spec, weights = self.spec, (self.up.get_value(), self.down.get_value())

@@ -95,11 +95,11 @@ def multiply_fp8(
     x: Float[Array, "T ..."] | Fp8Rows, w: Fp8Weight, contract: int = 1
 ) -> tuple[Float[Array, "T ..."], Float[Array, "T ..."]]:
     """e4m3 times e4m3, and x's scales, [T] or [T, 1, ...] or w's own [], which with w's are yet to be applied."""
-    rounded, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else _rounded(x, w, contract)
-    axes = tuple(range(rounded.ndim - contract, rounded.ndim)), tuple(range(w.scales.ndim, w.values.ndim))
+    values, x_scales = rounded(x, w, contract)
+    axes = tuple(range(values.ndim - contract, values.ndim)), tuple(range(w.scales.ndim, w.values.ndim))
     # A GPU's 8-bit product gives bfloat16, its sums being float32; the scales are applied in float32.
     wanted = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
-    return jax.lax.dot_general(rounded, w.values, (axes, ((), ())), preferred_element_type=wanted), x_scales
+    return jax.lax.dot_general(values, w.values, (axes, ((), ())), preferred_element_type=wanted), x_scales
 
 
 def gated_fp8(x: Float[Array, "T D"] | Fp8Rows, up: Fp8Weight, activation: Callable[[Array], Array]) -> Fp8Rows:
@@ -114,8 +114,10 @@ def have_kernels(weights: Sequence[Any]) -> TypeGuard[Sequence[Fp8Weight]]:
     return all(isinstance(w, Fp8Weight) and w.has_kernel for w in weights)
 
 
-def _rounded(x: Float[Array, "T ..."], w: Fp8Weight, contract: int) -> tuple[Array, Array]:
-    """x in e4m3, and its scales: [T, 1, ...], or w's own."""
+def rounded(x: Float[Array, "T ..."] | Fp8Rows, w: Fp8Weight, contract: int) -> tuple[Array, Array]:
+    """x in e4m3 for w, and its scales: [T] or [T, 1, ...], or w's own."""
+    if isinstance(x, Fp8Rows):
+        return x.values, x.scales
     wide = x.astype(jnp.float32)
     if w.input_scale is not None:
         return jnp.clip(wide / w.input_scale, -FP8_MAX, FP8_MAX).astype(FP8), w.input_scale

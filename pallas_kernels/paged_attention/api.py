@@ -85,7 +85,7 @@ def write_kv(
 
 
 def rotate_and_write(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "... T K G+2 H"],
     cos: Float[Array, "T H/2"],
     sin: Float[Array, "T H/2"],
     kv_pages: Float[Array, "pages page_size rows H"],
@@ -101,7 +101,8 @@ def rotate_and_write(
     """Normalises queries and keys, if asked to, and rotates them, in float32; writes keys and values to their pages as write_kv does.
 
     Args:
-        qkv: of each kv head its G query heads, its key and its value.
+        qkv: of each kv head its G query heads, its key and its value; or parts [S, T, K, G + 2, H] in float32, whose sum is that
+            in bfloat16.
         cos, sin: of each token's angles; the pairs are (i, i + H / 2).
         row_scales, scales: what qkv is yet to be multiplied by, where it is a product of 8-bit numbers.
         gains: each query head becomes its RMS norm times (gain + offset), with the first of these, each key with the second.

@@ -1,5 +1,5 @@
 """Rope and page write for Hopper in one kernel: the projection to q, k and v is read once, and all three are written where they go.
-Queries and keys may be normalised in front.
+The projection may still be in parts that are to be added up, and queries and keys may be normalised in front.
 
 Register code: a thread turns 8 numbers of a head's first half and the 8 that they are paired with.
 """
@@ -28,7 +28,8 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_registers import (
 plgpu: Any = _mosaic_gpu  # not typed
 mgpu: Any = _utils
 
-VECTOR = 8  # numbers that a thread reads at once: 16 bytes
+VECTOR = 8  # numbers that a thread has of each half: 16 bytes in bfloat16
+FEW_TOKENS = 264  # up to which a thread turns one such pair alone, so that all multiprocessors have work
 
 
 def check_rotate(qkv: jax.Array, kv_pages: jax.Array, rotary_dim: int, *, has_norms: bool) -> None:
@@ -36,14 +37,15 @@ def check_rotate(qkv: jax.Array, kv_pages: jax.Array, rotary_dim: int, *, has_no
     head_dim = qkv.shape[-1]
     if has_norms and head_dim not in (16, 32, 64, 128, 256, 512):  # half a head to 1, 2, 4, ... threads of a warp
         raise NotImplementedError(f"the kernel normalises heads of a power of 2 up to 512; got {head_dim}")
-    if not qkv.dtype == kv_pages.dtype == jnp.bfloat16:
+    wanted = jnp.float32 if qkv.ndim == 5 else jnp.bfloat16
+    if qkv.dtype != wanted or kv_pages.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rope and page write are one kernel in bfloat16; got {qkv.dtype} and {kv_pages.dtype}")
     if rotary_dim != head_dim or head_dim % (2 * VECTOR):
         raise NotImplementedError(f"the kernel rotates whole heads of a multiple of 16; got {rotary_dim} of {head_dim}")
 
 
 def rotate_and_write(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "... T K G+2 H"],
     cos: Float[Array, "T H/2"],
     sin: Float[Array, "T H/2"],
     kv_pages: Float[Array, "pages page_size 2*K H"],
@@ -61,20 +63,23 @@ def rotate_and_write(
         NotImplementedError: see check_rotate.
     """
     check_rotate(qkv, kv_pages, 2 * cos.shape[-1], has_norms=gains is not None)
-    tokens, num_kv_heads, parts, head_dim = qkv.shape
+    tokens, num_kv_heads, parts, head_dim = qkv.shape[-4:]
     scaling = () if row_scales is None or scales is None else (row_scales, scales)
     pool = jax.new_ref(kv_pages)
+    units = num_kv_heads * parts * (head_dim // 2 // VECTOR)
+    blocks = -(-units // THREADS) if tokens <= FEW_TOKENS else 1
 
     def rope_write(qkv: Any, cos: Any, sin: Any, write_slots: Any, *rest: Any) -> None:
         *more, pool, q = rest
+        place = lax.axis_index("place")
         token, own = lax.axis_index("token"), (tuple(more[: len(scaling)]), tuple(more[len(scaling) :]))
-        turn_token(token, write_slots[token], qkv, cos, sin, q, pool, *own, eps=eps, offset=offset)
+        turn_token(token, write_slots[token], place, qkv, cos, sin, q, pool, *own, blocks=blocks, eps=eps, offset=offset)
 
     q: jax.Array = plgpu.kernel(
         rope_write,
-        out_type=jax.ShapeDtypeStruct((tokens, num_kv_heads * (parts - 2), head_dim), qkv.dtype),
-        grid=(tokens,),
-        grid_names=("token",),
+        out_type=jax.ShapeDtypeStruct((tokens, num_kv_heads * (parts - 2), head_dim), kv_pages.dtype),
+        grid=(tokens, blocks),
+        grid_names=("token", "place"),
         compiler_params=plgpu.CompilerParams(),
     )(qkv, cos, sin, write_slots, *scaling, *(gains or ()), pool)
     written: jax.Array = pool[...]
@@ -82,17 +87,19 @@ def rotate_and_write(
 
 
 def turn_token(
-    token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, scaling: tuple[Any, ...],
-    gains: tuple[Any, ...], *, eps: float, offset: float,
+    token: jax.Array, slot: jax.Array, place: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any,
+    scaling: tuple[Any, ...], gains: tuple[Any, ...], *, blocks: int, eps: float, offset: float,
 ) -> None:  # fmt: skip
-    """Stores a token's queries in q, its keys and values in the pool's row `slot`, if there is one."""
-    _, num_kv_heads, parts, head_dim = qkv.shape
+    """Stores a token's queries in q, its keys and values in the pool's row `slot`, if there is one; each of `blocks` thread blocks
+    does those at its place.
+    """
+    *sums, tokens, num_kv_heads, parts, head_dim = qkv.shape
     num_slots = pool.shape[0] * pool.shape[1]
     half, chunks = head_dim // 2, head_dim // 2 // VECTOR
     units = num_kv_heads * parts * chunks
 
-    def turn(ctx: Any, token: Any, slot: Any, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *rest: Any) -> None:
-        token, slot = token.registers.item(), slot.registers.item()
+    def turn(ctx: Any, token: Any, slot: Any, place: Any, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, *rest: Any) -> None:
+        token, slot, place = token.registers.item(), slot.registers.item(), place.registers.item()
         scaling_refs, gain_refs = rest[: len(scaling)], rest[len(scaling) :]
 
         def turn_unit(unit: Any) -> None:
@@ -101,12 +108,17 @@ def turn_token(
             head, column = arith.divui(unit, constant(chunks)), _times(arith.remui(unit, constant(chunks)), VECTOR)
             kv_head, part = arith.divui(head, constant(parts)), arith.remui(head, constant(parts))
             is_query, is_value = is_below(part, constant(parts - 2)), is_below(constant(parts - 2), part)
-            place = arith.addi(_times(head, head_dim), column)
-            source = arith.addi(_times(token, num_kv_heads * parts * head_dim), place)
+            inside = arith.addi(_times(head, head_dim), column)
+            source = arith.addi(_times(token, num_kv_heads * parts * head_dim), inside)
             pair = [_load(qkv, arith.addi(source, constant(i))) for i in (0, half)]
+            for part_of_sum in range(1, sums[0] if sums else 1):
+                at = arith.addi(source, constant(part_of_sum * tokens * num_kv_heads * parts * head_dim))
+                pair = [arith.addf(x, _load(qkv, arith.addi(at, constant(i)))) for x, i in zip(pair, (0, half), strict=True)]
+            if sums:
+                pair = [_rounded(x) for x in pair]
             if scaling_refs:
                 row_scale = _spread(_load(scaling_refs[0], token, 1))
-                scales = [_load(scaling_refs[1], arith.addi(place, constant(i))) for i in (0, half)]
+                scales = [_load(scaling_refs[1], arith.addi(inside, constant(i))) for i in (0, half)]
                 pair = [arith.mulf(arith.mulf(x, row_scale), scale) for x, scale in zip(pair, scales, strict=True)]
             first, second = pair
             if gain_refs:
@@ -127,11 +139,12 @@ def turn_token(
                 row = arith.addi(_times(slot, 2 * num_kv_heads), row)
                 _store([arith.select(is_value, *both) for both in zip(pair, turned, strict=True)], pool, row, column, head_dim)
 
-        for start in range(0, units, THREADS):
-            turn_unit(arith.addi(thread_index(), constant(start)))
+        first = arith.addi(_times(place, THREADS), thread_index())
+        for start in range(0, units, THREADS * blocks):
+            turn_unit(arith.addi(first, constant(start)))
 
     arrays = (qkv, cos, sin, q, pool, *scaling, *gains)
-    plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, *(plgpu.RefType() for _ in arrays)))(turn)(token, slot, *arrays)
+    plgpu.inline_mgpu(arg_types=(SCALAR,) * 3 + (plgpu.RefType(),) * len(arrays))(turn)(token, slot, place, *arrays)
 
 
 def _normed(pair: list[Any], gain: list[Any], head_dim: int, eps: float, offset: float) -> list[Any]:
@@ -147,6 +160,11 @@ def _normed(pair: list[Any], gain: list[Any], head_dim: int, eps: float, offset:
     scale = _spread(mlir_math.rsqrt(mean))
     shift = _spread(mgpu.c(offset, f32))
     return [arith.mulf(arith.mulf(x, scale), arith.addf(g, shift)) for x, g in zip(pair, gain, strict=True)]
+
+
+def _rounded(x: Any) -> Any:
+    """To bfloat16, as XLA leaves a sum of parts."""
+    return arith.extf(x.type, arith.truncf(ir.VectorType.get((VECTOR,), ir.BF16Type.get()), x))
 
 
 def _spread(x: Any) -> Any:

@@ -61,7 +61,7 @@ def paged_attention(
 
 
 def rotate_qkv(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "... T K G+2 H"],
     cos: Float[Array, "T H/2"],
     sin: Float[Array, "T H/2"],
     row_scales: Float[Array, " T"] | None,
@@ -72,7 +72,8 @@ def rotate_qkv(
     offset: float = 0.0,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """Queries, keys and values, scaled and the first two normalised and rotated in float32; see api.rotate_and_write."""
-    wide = qkv.astype(jnp.float32)
+    summed = qkv.sum(0).astype(jnp.bfloat16) if qkv.ndim == 5 else qkv
+    wide = summed.astype(jnp.float32)
     if row_scales is not None and scales is not None:
         wide = wide * row_scales[:, None, None, None] * scales
     turning = wide[:, :, :-1]
@@ -82,6 +83,6 @@ def rotate_qkv(
         turning = turning * (jnp.where(is_query, gains[0], gains[1]).astype(jnp.float32) + offset)
     first, second = jnp.split(turning, 2, axis=-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
-    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(qkv.dtype)
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(summed.dtype)
     q = turned[:, :, :-1]
-    return q.reshape(q.shape[0], -1, q.shape[-1]), turned[:, :, -1], wide[:, :, -1].astype(qkv.dtype)
+    return q.reshape(q.shape[0], -1, q.shape[-1]), turned[:, :, -1], wide[:, :, -1].astype(summed.dtype)

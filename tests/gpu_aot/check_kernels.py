@@ -22,6 +22,7 @@ from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
+from jaxserve.pallas_kernels.residual_norm.mosaic_gpu import add_and_normalize
 from jaxserve.programs import compile_program, declare_programs
 from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
@@ -82,6 +83,19 @@ def test_rounding_spills_nothing(width: int, num_rows: int, capfd: pytest.Captur
     assert len(found) > 2 and max(found) == 0
 
 
+@pytest.mark.parametrize("parts, num_rows, width", [(8, 64, 4096), (1, 8192, 4096), (8, 64, 8192), (2, 64, 16384)])
+def test_sums_with_their_norm_spill_nothing(parts: int, num_rows: int, width: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+    bf16 = jnp.bfloat16
+    plain = (array(num_rows, width, dtype=bf16), array(parts, num_rows, width), array(width, dtype=bf16))
+    for arguments, rounds in ((plain, False), ((*plain, array(num_rows), array(width)), True)):
+        jax.jit(partial(add_and_normalize, eps=1e-5, offset=0.0, rounds=rounds)).lower(*arguments).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert len(found) == 2 and max(found) == 0
+
+
 @pytest.mark.parametrize("shape", [(64, 8, 6, 128), (8192, 8, 4, 128), (64, 2, 9, 64), (16, 1, 3, 256)], ids=str)
 def test_rope_with_page_write_spills_nothing(shape: tuple[int, ...], capfd: pytest.CaptureFixture[str]) -> None:
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -90,11 +104,12 @@ def test_rope_with_page_write_spills_nothing(shape: tuple[int, ...], capfd: pyte
     (tokens, num_kv_heads, _, head_dim), bf16 = shape, jnp.bfloat16
     angles, pages = array(tokens, head_dim // 2), array(512, 16, 2 * num_kv_heads, head_dim, dtype=bf16)
     gains, scales = (array(head_dim, dtype=bf16),) * 2, (array(tokens), array(*shape[1:]))
-    plain = (array(*shape, dtype=bf16), angles, angles, pages, array(tokens, dtype=jnp.int32))
-    for more in [(), scales, (None, None, gains), (*scales, gains)]:
-        jax.jit(partial(rotate_and_write, eps=1e-5)).lower(*plain, *more).compile()
+    rest = (angles, angles, pages, array(tokens, dtype=jnp.int32))
+    for qkv in (array(*shape, dtype=bf16), array(4, *shape)):
+        for more in [(), scales, (None, None, gains), (*scales, gains)]:
+            jax.jit(partial(rotate_and_write, eps=1e-5)).lower(qkv, *rest, *more).compile()
     found = spilled("".join(capfd.readouterr()))
-    assert len(found) == 4 and max(found) == 0
+    assert len(found) == 8 and max(found) == 0
 
 
 def test_kernels_round_whatever_an_fp8_step_rounds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

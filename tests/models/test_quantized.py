@@ -16,11 +16,14 @@ import pytest
 
 from jaxserve import LLM, SamplingParams, step
 from jaxserve.errors import ConfigError
+from jaxserve.models.description import Quantization
 from jaxserve.models.interface import Runtime, StateSpec
+from jaxserve.models.layers import unsummed
 from jaxserve.models.layers.linear import linear
 from jaxserve.models.layers.quantized import FP8, Fp8Weight, quantize_fp8
 from jaxserve.models.loading import describe_model, load_weights, open_source
 from jaxserve.pallas_kernels.quantized_rows import api
+from jaxserve.pallas_kernels.residual_norm import reference as residual_norm
 from jaxserve.plan import PlanShape
 from jaxserve.runner import abstract_state
 from jaxserve.sharding import Shardings, make_mesh
@@ -92,6 +95,29 @@ def test_what_is_rounded_together_with_what_makes_it_gives_the_same_logits(
     monkeypatch.setattr(Runtime, "rotates_and_writes", True)
     assert logit_error(forward(model, weights, tokens), plain) < 1e-3
     assert calls == {"quantize": 1, "quantize_gated": 1, "quantize_normed": 2}, "of the one layer that is traced"
+
+
+@pytest.mark.parametrize("quantization, most", [pytest.param(None, 0.05, marks=pytest.mark.extra), ("fp8", 0.5)])
+def test_what_norms_and_rope_add_up_gives_the_same_logits(
+    quantization: Quantization | None, most: float, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products in parts, and sums that wait for the next norm, the next layer's too, as on a GPU; here their references add up.
+
+    Up to what bfloat16 makes of another order, and rounding to 8 bits of that: from float32's logits both are as far.
+    """
+    source, calls = open_source(str(checkpoint)), []
+    model = describe_model(source, dtype=jnp.bfloat16, quantization=quantization)
+    weights, tokens = load_weights(source, model, sharding_for=one_device), np.arange(24)[None]
+    monkeypatch.setattr(Runtime, "rounding", "mosaic_gpu")
+    monkeypatch.setattr(Runtime, "rotates_and_writes", True)
+    plain = forward(model, weights, tokens)
+    add = residual_norm.add_and_normalize
+    monkeypatch.setattr(residual_norm, "add_and_normalize", lambda *a: calls.append(a[1].shape[0]) or add(*a))
+    monkeypatch.setattr(Runtime, "sums_in_kernels", True)
+    monkeypatch.setattr(unsummed, "split_count", lambda rows, inputs, outputs: 2)
+    traced_anew = Runtime("cpu", shares_pages=True)
+    assert logit_error(forward(model, weights, tokens, runtime=traced_anew), plain) < most
+    assert calls == [2] * 3, "the mlp's norm in the first layer, both in the others, which are traced once"
 
 
 def test_matmuls_of_the_layers_are_quantised_and_nothing_else(checkpoint: Path) -> None:

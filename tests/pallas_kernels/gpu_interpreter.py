@@ -191,10 +191,12 @@ def arrive_for_rows(
 
 
 def turn_token(
-    token: jax.Array, slot: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, scaling: Any, gains: Any, *,
-    eps: float, offset: float,
+    token: jax.Array, slot: jax.Array, place: jax.Array, qkv: Any, cos: Any, sin: Any, q: Any, pool: Any, scaling: Any,
+    gains: Any, *, blocks: int, eps: float, offset: float,
 ) -> None:  # fmt: skip
-    scaled = qkv[token].astype(jnp.float32)
+    assert blocks == 1
+    summed = qkv[token] if len(qkv.shape) == 4 else qkv[:, token].sum(0).astype(jnp.bfloat16)
+    scaled = summed.astype(jnp.float32)
     if scaling:
         scaled *= scaling[0][token] * scaling[1][...]
     normed = scaled
@@ -209,6 +211,13 @@ def turn_token(
     def _() -> None:
         both = jnp.stack((turned[:, -2], scaled[:, -1]), axis=1)
         pool[slot // pool.shape[1], slot % pool.shape[1]] = both.reshape(pool.shape[2:]).astype(pool.dtype)
+
+
+def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: str, vector_size: int) -> None:
+    of_warps = x.reshape(-1, 4, 32 * vector_size)
+    found = jnp.sum(of_warps, (0, 2)) if combine == "add" else jnp.max(of_warps, (0, 2))
+    for warp in range(4):
+        parts[first + warp] = found[warp]
 
 
 DECODE = [

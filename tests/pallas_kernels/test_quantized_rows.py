@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels import quantized_rows
-from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu, reference
-from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu import Config, choose_config
+from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu, mosaic_gpu_team, reference
+from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu_team import Config, choose_config
+from tests.pallas_kernels.gpu_interpreter import store_warp_parts
 
 Rounded = tuple[jax.Array, jax.Array]
 
@@ -54,7 +55,7 @@ def assert_alike(got: Rounded, want: Rounded, *, exact: bool) -> None:
 def test_widths_of_real_models_have_a_kernel(width: int) -> None:
     for num_rows, most in ((16, 1), (8192, 1), (8192, 2)):
         config = choose_config(num_rows, width, most)
-        assert width % (config.warpgroups * config.vector * mosaic_gpu.THREADS) == 0 == num_rows % config.rows
+        assert width % (config.warpgroups * config.vector * mosaic_gpu_team.THREADS) == 0 == num_rows % config.rows
     assert choose_config(16, width, 2).rows == 1, "few rows spread over all multiprocessors"
 
 
@@ -64,17 +65,9 @@ def test_other_widths_are_left_to_xla(caplog: pytest.LogCaptureFixture) -> None:
     assert "multiple of 256" in caplog.text
 
 
-def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: str, vector_size: int) -> None:
-    """In Pallas, which the interpreter knows."""
-    of_warps = x.reshape(-1, 4, 32 * vector_size)
-    found = jnp.sum(of_warps, (0, 2)) if combine == "add" else jnp.max(of_warps, (0, 2))
-    for warp in range(4):
-        parts[first + warp] = found[warp]
-
-
 @pytest.mark.parametrize("config", [Config(2, 2, 1), Config(1, 4, 2)], ids=str)
 def test_bits_in_the_interpreter(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mosaic_gpu, "store_warp_parts", store_warp_parts)
+    monkeypatch.setattr(mosaic_gpu_team, "store_warp_parts", store_warp_parts)
     x, gain, gated = rows(4, 512), jnp.linspace(-2, 2, 512, dtype=jnp.bfloat16), products(4, 512)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         plain = mosaic_gpu.quantize(x, config)

@@ -15,15 +15,23 @@ from tests.pallas_kernels.gpu_interpreter import interpreted
 PAGES, PAGE_SIZE = 5, 4
 
 
-def case(tokens: int, num_kv_heads: int, group: int, head_dim: int, *, is_scaled: bool) -> tuple[Any, ...]:
-    """Arguments of rotate_and_write; every third token has no slot, and unwritten slots hold ones."""
+def case(
+    tokens: int, num_kv_heads: int, group: int, head_dim: int, *, is_scaled: bool, sums: tuple[int, ...] = ()
+) -> tuple[Any, ...]:
+    """Arguments of rotate_and_write; every third token has no slot, and unwritten slots hold ones.
+
+    Args:
+        sums: how many parts q, k and v are in.
+    """
     rng = np.random.default_rng([tokens, head_dim])
     angles = rng.uniform(0, 6, (tokens, head_dim // 2))
     slots = rng.permutation(max(PAGES * PAGE_SIZE, tokens + 1))[:tokens]
     slots[::3] = 1 << 30
     pages = -(-max(PAGES * PAGE_SIZE, tokens + 1) // PAGE_SIZE)
     arrays = (
-        jnp.asarray(rng.standard_normal((tokens, num_kv_heads, group + 2, head_dim)), jnp.bfloat16),
+        jnp.asarray(
+            rng.standard_normal((*sums, tokens, num_kv_heads, group + 2, head_dim)), jnp.float32 if sums else jnp.bfloat16
+        ),
         jnp.asarray(np.cos(angles), jnp.float32),
         jnp.asarray(np.sin(angles), jnp.float32),
         jnp.ones((pages, PAGE_SIZE, 2 * num_kv_heads, head_dim), jnp.bfloat16),
@@ -55,9 +63,9 @@ def norms(head_dim: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("has_norms", [False, True])
-@pytest.mark.parametrize("is_scaled", [False, True])
-def test_in_the_interpreter(is_scaled: bool, has_norms: bool) -> None:
-    arguments, options = case(7, 2, 3, 16, is_scaled=is_scaled), norms(16) if has_norms else {}
+@pytest.mark.parametrize("is_scaled, sums", [(False, ()), (False, (2,)), (True, ()), (True, (3,))])
+def test_in_the_interpreter(is_scaled: bool, has_norms: bool, sums: tuple[int, ...]) -> None:
+    arguments, options = case(7, 2, 3, 16, is_scaled=is_scaled, sums=sums), norms(16) if has_norms else {}
     with interpreted():
         assert_as_in_three_steps(arguments, mosaic_gpu_rope.rotate_and_write(*arguments, **options), **options)
 
@@ -75,9 +83,11 @@ def test_other_types_are_left_to_xla(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(8, 4, 128), (2, 7, 64), (1, 1, 256), (3, 5, 80)])
-@pytest.mark.parametrize("tokens", [16, 300])
-def test_numbers_on_the_gpu(tokens: int, num_kv_heads: int, group: int, head_dim: int, is_scaled: bool) -> None:
-    arguments = case(tokens, num_kv_heads, group, head_dim, is_scaled=is_scaled)
+@pytest.mark.parametrize("tokens, sums", [(16, ()), (16, (4,)), (300, ()), (300, (2,))])
+def test_numbers_on_the_gpu(
+    tokens: int, num_kv_heads: int, group: int, head_dim: int, is_scaled: bool, sums: tuple[int, ...]
+) -> None:
+    arguments = case(tokens, num_kv_heads, group, head_dim, is_scaled=is_scaled, sums=sums)
     for options in [{}, norms(head_dim)] if head_dim != 80 else [{}]:
         got = jax.jit(lambda *a, o=options: mosaic_gpu_rope.rotate_and_write(*a, **o))(*arguments)
         assert_as_in_three_steps(arguments, got, **options)
