@@ -34,7 +34,7 @@ def experts(name: str, used: int) -> dict[str, Any]:
     x, scores = jax.random.normal(keys[2], (TOKENS, width), BF16), jax.random.uniform(keys[3], (TOKENS, num))
 
     def layer(x: jax.Array, scores: jax.Array, up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
-        choice = choose(scores, scores, jnp.asarray([used]), top_k, normalize=True)
+        choice = choose(lambda *both: both, (scores, scores), jnp.asarray([used]), top_k, normalize=True)
         return multiply(multiply(x, up, choice, jax.nn.silu), down, choice), choice.num_blocks
 
     f, args = jax.jit(layer), (x, scores, up, down)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS, activate
-from jaxserve.models.layers.router import score
+from jaxserve.models.layers.router import score, shaped
 from jaxserve.models.spec import MoeSpec
 from jaxserve.pallas_kernels import few_experts
 
 Experts = tuple[Float[Array, "E D M"], Float[Array, "E M"] | None, Float[Array, "E F D"], Float[Array, "E D"] | None]
 """Weights and biases of the first product and of the second."""
+Biases = tuple[Float[Array, " E"] | None, Float[Array, " E"] | None]
+"""On the router's logits, and on what chooses."""
 
 
 def serves(x: Float[Array, "T D"], spec: MoeSpec, experts: Experts, runtime: Runtime) -> bool:
@@ -31,19 +34,42 @@ def serves(x: Float[Array, "T D"], spec: MoeSpec, experts: Experts, runtime: Run
 
 
 def choose(
-    logits: Float[Array, "T E"], spec: MoeSpec, choice_bias: Float[Array, " E"] | None, batch: StepBatch
+    x: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    biases: Biases,
+    spec: MoeSpec,
+    batch: StepBatch,
 ) -> few_experts.Choice:
-    """As router.route does."""
-    router = spec.router
+    """As router.route does, of the logits of x. The product is cut in parts, so that many multiprocessors read the router, and the
+    kernel that chooses adds them up."""
+    rules, count = spec.router, _num_parts(x.shape[1])
+    cut = x.reshape(x.shape[0], count, -1), router.reshape(count, -1, router.shape[1])
+    parts = jax.lax.dot_general(*cut, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)  # [parts, T, E]
+    operands = (parts, *(bias for bias in biases if bias is not None))
+
+    def score_parts(logits: Array, *given: Array) -> tuple[Array, Array]:
+        found = iter(given)
+        router_bias, choice_bias = (None if bias is None else next(found) for bias in biases)
+        return score(shaped(logits, rules, router_bias), rules, choice_bias)
+
+    in_kernel = rules.top_groups == rules.num_groups
+    if not in_kernel:  # choosing groups takes a top-k
+        operands = score_parts(jnp.sum(parts, axis=0), *operands[1:])
     return few_experts.choose(
-        *score(logits, router, choice_bias),
+        score_parts if in_kernel else lambda *scores: scores,
+        operands,
         batch.query_start[-1:],
         spec.top_k,
-        normalize=router.normalize,
-        eps=router.norm_eps,
-        least=router.norm_min,
-        scale=router.scale,
+        normalize=rules.normalize,
+        eps=rules.norm_eps,
+        least=rules.norm_min,
+        scale=rules.scale,
     )
+
+
+def _num_parts(width: int) -> int:
+    """Of a router's inputs: at most 16, of a multiple of 64 each."""
+    return max(count for count in range(1, 17) if (width // 64) % count == 0)
 
 
 def sum_experts(x: Float[Array, "T D"], choice: few_experts.Choice, experts: Experts, spec: MoeSpec) -> Float[Array, "T D"]:

@@ -29,6 +29,17 @@ def route(logits: Float[Array, "T E"], spec: RouterSpec, top_k: int, choice_bias
     return weights * spec.scale, experts
 
 
+def shaped(logits: Float[Array, "T E"], spec: RouterSpec, bias: Float[Array, " E"] | None) -> Float[Array, "T E"]:
+    """What the router's product becomes before it is scored."""
+    if bias is not None:
+        logits += bias.astype(jnp.float32)
+    if spec.logit_multiplier != 1.0:
+        logits *= spec.logit_multiplier
+    if spec.logit_softcap is not None:
+        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+    return logits
+
+
 def score(
     logits: Float[Array, "T E"], spec: RouterSpec, choice_bias: Float[Array, " E"] | None = None
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:

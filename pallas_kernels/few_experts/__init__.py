@@ -2,6 +2,7 @@
 
 from jaxserve.pallas_kernels.few_experts.api import TOKENS as TOKENS
 from jaxserve.pallas_kernels.few_experts.api import Choice as Choice
+from jaxserve.pallas_kernels.few_experts.api import Score as Score
 from jaxserve.pallas_kernels.few_experts.api import choose as choose
 from jaxserve.pallas_kernels.few_experts.api import multiply as multiply
 from jaxserve.pallas_kernels.few_experts.api import serves as serves

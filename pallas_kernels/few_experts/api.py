@@ -6,13 +6,15 @@ only, neither routers nor models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 from jaxtyping import Array, Float, Int
 
 TOKENS = 16  # of a step that this is for: the rows of a block
+Score = Callable[..., tuple[Array, Array]]
+"""Each expert's score for a token, which weighs it, and by what it is chosen; both [T, E] in float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +23,7 @@ class Choice:
     """What tokens have chosen. Block b has all tokens' rows for the b-th expert that any token in use has chosen.
 
     Attributes:
-        weights: of each token's experts, the best first.
+        weights: of each token's experts, the best first; finite but unspecified for a token not in use.
         blocks: of each token's experts; -1 for a token not in use.
         experts: of each block; unspecified from num_blocks[0] on.
         num_blocks: [1].
@@ -46,8 +48,8 @@ def serves(num_tokens: int, up: tuple[int, ...], down: tuple[int, ...]) -> bool:
 
 
 def choose(
-    scores: Float[Array, "T E"],
-    choice: Float[Array, "T E"],
+    score: Score,
+    operands: Sequence[Array],
     num_used: Int[Array, " 1"],
     top_k: int,
     *,
@@ -57,10 +59,11 @@ def choose(
     scale: float = 1.0,
     interpret: bool = False,
 ) -> Choice:
-    """The top_k experts of each token by `choice`, weighted by their scores.
+    """The top_k experts of each token.
 
     Args:
-        scores, choice: in float32; E is a power of two.
+        score: computed in the kernel, of the operands.
+        operands: [T, E] in float32; [S, T, E], of which it gets the sum of the parts; or [E]. The first is not [E]. E is a power of two.
         num_used: tokens from here on are not in use.
         normalize: weights are divided by their sum + eps, or by `least` if that is more.
         scale: factor on the weights, after that.
@@ -68,8 +71,7 @@ def choose(
     """
     from jaxserve.pallas_kernels.few_experts import triton
 
-    found = triton.choose(scores, choice, num_used, top_k, normalize, eps, least, scale, interpret)
-    return Choice(*found)
+    return Choice(*triton.choose(score, operands, num_used, top_k, normalize, eps, least, scale, interpret))
 
 
 def multiply(

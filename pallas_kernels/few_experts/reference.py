@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.pallas_kernels.few_experts.api import Choice
+from jaxserve.pallas_kernels.few_experts.api import Choice, Score
 
 
 def choose(
-    scores: Float[Array, "T E"],
-    choice: Float[Array, "T E"],
+    score: Score,
+    operands: Sequence[Array],
     num_used: Int[Array, " 1"],
     top_k: int,
     *,
@@ -23,6 +23,7 @@ def choose(
     scale: float = 1.0,
 ) -> Choice:
     """See api.choose."""
+    scores, choice = score(*(x.sum(0) if x.ndim == 3 else x for x in operands))
     num_tokens, num_experts = scores.shape
     experts = jax.lax.top_k(choice, top_k)[1]
     weights = jnp.take_along_axis(scores, experts, axis=1)
