@@ -70,7 +70,7 @@ def undisturbed() -> list[list[list[int]]]:
         ("scheduler", "schedule", True),
     ],
 )
-@pytest.mark.parametrize("steps", [0, 1, 4, 11])
+@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 11])
 def test_a_failed_step_changes_no_token(
     where: tuple[str, str, bool], steps: int, undisturbed: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_each_group_holds_what_it_reads() -> None:
     assert held[60:].min(axis=0).tolist()[3] == 1, "a chunk that begins with a page needs none before"
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_takes_its_windows_as_they_come() -> None:
     """Where everything is seen, the pages of the whole prompt are there from the start: what has begun shall end."""
     engine, prompt = hybrid(max_num_batched_tokens=32), random_prompts(3, [200])[0]

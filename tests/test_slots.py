@@ -50,6 +50,7 @@ def test_any_arrival_order_and_pool(seed: int, lengths: list[int], out: list[int
         assert_greedy(prompt, tokens, recurrent=True)
 
 
+@pytest.mark.slow
 def test_a_preempted_request_gives_the_same_tokens() -> None:
     engine = tiny_engine(num_pages=17, recurrent=True)
     work = prompts(1, [60, 70, 50, 80])

@@ -29,6 +29,7 @@ def test_a_long_request_holds_a_window() -> None:
     assert most == -(-(WINDOW + PAGE - 1) // PAGE)  # those that a window may touch
 
 
+@pytest.mark.slow
 def test_requests_longer_than_the_pool_run_together() -> None:
     """Without preemption, though their 4 x 15 pages are three times what there is: others write to the pages that passed."""
     engine = windowed(num_pages=20)

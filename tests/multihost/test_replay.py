@@ -76,6 +76,7 @@ def test_the_follower_holds_the_same(recurrent: bool) -> None:
     plain.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit; see conftest.py
 def test_a_group_does_not_go_on_after_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxserve.multihost.leading_runner.CAUSE_S", 0.01)

@@ -41,6 +41,7 @@ def test_matches_reference(page_size: int, options: dict, query_lens: list[int],
     np.testing.assert_allclose(got[:used], want[:used], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"value_dim": 24}, {"window": 100}])
 def test_blocks_of_any_size(options: dict) -> None:
     case = paged_case(2, Shape(max_pages=26), [1, 1, 120, 2], [17, 390, 50, 3], tokens=128)

@@ -52,6 +52,7 @@ def post(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
 # Time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "])
 def test_a_head_that_does_not_end(serve: Serve, sent: bytes) -> None:
     url = serve(FakeEngine(), header_timeout=1)
@@ -119,6 +120,7 @@ def test_an_idle_connection(serve: Serve) -> None:
         assert b" 200 " in answer(sock)
 
 
+@pytest.mark.slow
 def test_two_requests_on_a_connection_have_each_their_time(serve: Serve) -> None:
     url = serve(FakeEngine(), header_timeout=1, keep_alive_timeout=20)
     with connected(url) as sock:

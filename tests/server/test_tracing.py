@@ -32,6 +32,7 @@ def children(spans: list[ReadableSpan], root: ReadableSpan) -> list[ReadableSpan
     return sorted(own, key=lambda span: (span.start_time, span.end_time))
 
 
+@pytest.mark.slow
 def test_spans_add_up_to_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = InMemorySpanExporter()
     tracing = Tracing(EngineMetrics("tiny"), make_provider(exporter, "tiny"))
