@@ -120,6 +120,7 @@ def test_smollm2_finds_what_transformers_finds(smollm2_path: Path) -> None:
                 assert sequence.text == llm.engine.tokenizer.decode(sequence.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "stop_ids"), [(1, ()), (3, ()), (8, (20, 68)), (2, tuple(range(0, 40, 2))), (22, (7,))], ids=str
 )

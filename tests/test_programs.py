@@ -92,6 +92,7 @@ def shardings_of(engine: Engine, seen: dict[int, Sharding], monkeypatch: pytest.
     monkeypatch.setattr(engine.runner, "dispatch", watched)
 
 
+@pytest.mark.slow
 def test_warming_up_leaves_no_trace(compiled_in_steps: list[str]) -> None:
     """Nothing is compiled, and requests get the tokens that they would have got; pages and recurrent states have been written."""
     outputs = []

@@ -91,6 +91,7 @@ def test_whatever_else_happens(kind: str) -> None:
     assert got == dict.fromkeys(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_preempted(kind: str) -> None:
     """By requests that came before it, in a pool that is too small for all."""

@@ -73,6 +73,7 @@ def test_a_slot_of_an_aborted_request_starts_anew() -> None:
         assert_greedy(prompt[::-1], run(engine)[request_id].outputs[0].token_ids, recurrent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pages, max_num_seqs", [(64, 8), (17, 8), (64, 3)])
 def test_forks_go_on_from_the_prompt_s_state(num_pages: int, max_num_seqs: int) -> None:
     engine = tiny_engine(num_pages=num_pages, max_num_seqs=max_num_seqs, recurrent=True)

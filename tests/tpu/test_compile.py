@@ -31,6 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit(run: Run, tmp_path: Path) -> None:
     status, out = run(write_config(tmp_path, "llama-3.1-70b"), "tpu:v5e:2x2", "--tensor-parallel-size", "4")
     assert status == 1

@@ -67,6 +67,7 @@ def test_two_layers_of_other_kinds_on_every_chip(model: str, target: str, tmp_pa
     check_step(build, compile_step(build, "decode 64"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "devices"), [("tpu:v6e:2x2", 4), ("tpu:v5p:2x2x1", 1)])
 def test_what_cannot_fit_says_so(target: str, devices: int, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match=r"need [\d.]+ GiB of [\d.]+ GiB on each device.*Raise .*--tensor-parallel-size"):

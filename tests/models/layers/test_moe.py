@@ -60,6 +60,7 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     assert np.isfinite(got).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
