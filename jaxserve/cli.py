@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -282,7 +283,10 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_models(args: argparse.Namespace) -> None:
     from jaxserve.models.checks import models_list, models_table
 
-    print(models_table() if args.markdown else models_list())
+    try:
+        print(models_table() if args.markdown else models_list(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is left is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Their parts

@@ -25,6 +25,7 @@ def summary_of(build: Build, num_programs: int) -> dict[str, str]:
         "model": f"{config.model.model} ({build.model.name}, {sum(w.size for w in build.model.abstract) / 1e6:,.0f} M parameters)",
         "dtype": build.dtype.name + _matmuls(build.model),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "attention": _attention(build),
         "mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
         "KV pool": f"{build.num_pages:,} pages of {build.page_size} tokens"
         f"{f' = {tokens:,} tokens' if tokens == holds else f', {tokens:,} tokens in requests of the full length'}, "
@@ -35,6 +36,14 @@ def summary_of(build: Build, num_programs: int) -> dict[str, str]:
         **(states if build.has_states else {}),
         "programs": str(num_programs),
     }
+
+
+def _attention(build: Build) -> str:
+    if build.runtime.attention != "xla":
+        return "by kernels"
+    return "by XLA loops" + (
+        ": jaxserve has kernels for H100 and H200, not for this GPU" if build.runtime.platform == "gpu" else ""
+    )
 
 
 def _matmuls(model: ModelDescription) -> str:

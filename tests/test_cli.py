@@ -457,3 +457,13 @@ def test_serve() -> None:
         assert reply.json()["choices"][0]["text"] == "hi"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_who_reads_the_list_of_models_may_go() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxserve", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.wait(60) == 0 and process.stderr.read() == ""

@@ -30,8 +30,10 @@ def test_the_last_run_with_the_same_options_counts() -> None:
 
 
 def test_all_that_was_measured_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = plot.OUT.read_text()
     monkeypatch.setattr(plot, "OUT", tmp_path / "plot.svg")
     plot.main()
+    assert plot.OUT.read_text() == committed, "run python bench/plot.py"
     root = ET.parse(tmp_path / "plot.svg").getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert sum(" against " in str(text) for text in texts) == 3 * len(plot.CASES)
