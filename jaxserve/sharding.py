@@ -28,9 +28,8 @@ def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = 
     """
     devices = jax.devices() if devices is None else devices
     if tensor_parallel_size > len(devices):
-        raise ConfigError(
-            f"tensor_parallel_size is {tensor_parallel_size}, but there are {len(devices)} devices. Lower it, or add devices."
-        )
+        there = "is 1 device" if len(devices) == 1 else f"are {len(devices)} devices"
+        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size}, but there {there}. Lower it, or add devices.")
     return Mesh(np.array(devices[:tensor_parallel_size]), (MODEL_AXIS,))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +78,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     for architecture in ARCHITECTURES:
         if architecture.name in names or (not names and architecture.model_type == model_type):
             return architecture
-    known = ", ".join(architecture.name for architecture in ARCHITECTURES)
     wanted = ", ".join(map(str, names)) or f"model_type {model_type!r}"
-    raise ModelLoadError(f"the model's architecture is not supported: {wanted}. Known ones: {known}.")
+    alike = difflib.get_close_matches(wanted, [architecture.name for architecture in ARCHITECTURES], n=3)
+    hint = f" Of like name: {', '.join(alike)}." if alike else ""
+    raise ModelLoadError(f"the model's architecture is not supported: {wanted}.{hint} `jaxserve models` lists all that are.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from jaxserve.errors import ModelLoadError
@@ -28,7 +29,7 @@ def resolve_model(model: str) -> Path:
         return path
     if model in CATALOGUE:
         return _packaged(model)
-    hint = f" For the Hugging Face Hub write hf:{model}." if model.count("/") == 1 else ""
+    hint = f" For the Hugging Face Hub write hf:{model}." if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) else ""
     raise ModelLoadError(
         f"no model at {model!r}: wanted a folder, a .gguf file, hf:org/name, or one of {', '.join(CATALOGUE)}.{hint}"
     )

@@ -22,8 +22,12 @@ def spec_of(case: str, drop: tuple[str, ...] = (), **changes: Any) -> DecoderSpe
     return understand_config(config | changes)[2]
 
 
-def test_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(ModelLoadError, match="not supported: BertModel. Known ones: LlamaForCausalLM, .*Gemma3ForCausalLM"):
+def test_unknown_architecture_names_those_alike() -> None:
+    with pytest.raises(
+        ModelLoadError, match="not supported: Llama5ForCausalLM. Of like name: .*LlamaForCausalLM.* `jaxserve models`"
+    ):
+        find_architecture({"architectures": ["Llama5ForCausalLM"]})
+    with pytest.raises(ModelLoadError, match="not supported: BertModel. `jaxserve models` lists"):
         find_architecture({"architectures": ["BertModel"], "model_type": "bert"})
     with pytest.raises(ModelLoadError, match="model_type 'bert'"):
         find_architecture({"model_type": "bert"})

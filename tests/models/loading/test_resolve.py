@@ -69,6 +69,7 @@ def test_catalogue_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "no model at ''"),
         ("nowhere", "wanted a folder, a .gguf file, hf:org/name, or one of smollm2"),
         ("org/name", "For the Hugging Face Hub write hf:org/name"),
+        ("/models", "or one of smollm2.$"),
     ],
 )
 def test_no_such_model(name: str, message: str) -> None:
