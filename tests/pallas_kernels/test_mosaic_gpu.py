@@ -216,6 +216,41 @@ def test_decode(shape: str, options: str, dtype: Any) -> None:
     check(SHAPES[shape], [1] * len(LENGTHS), LENGTHS, LLAMA.rows, dtype=dtype, decode_only=True, **OPTIONS[options])
 
 
+def any_case(seed: int) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Any problem that the kernels serve, of rows with one token and others, and the pages' type and options."""
+    rng = np.random.default_rng(seed)
+    kv_heads, page_size = int(rng.integers(1, 5)), int(rng.choice([16, 32, 64, 128]))
+    shape = Shape(
+        heads=kv_heads * int(rng.integers(1, 9)),
+        kv_heads=kv_heads,
+        head_dim=int(rng.choice([64, 128, 256])),
+        page_size=page_size,
+        max_pages=1280 // page_size,
+        rows=16,
+    )
+    queries = [1] * int(rng.integers(1, 12)) + rng.integers(2, 150, rng.integers(0, 5)).tolist()
+    prefixes = rng.integers(0, 1100, len(queries)).tolist()
+    case = paged_case(seed, shape, queries, prefixes, tokens=-(-sum(queries) // 8) * 8 + 8, sinks=bool(rng.integers(2)))
+    tables = np.array(case["page_tables"])
+    for row in range(1, len(queries)):  # whole pages that a row has in common with one before
+        other = int(rng.integers(row))
+        common = int(rng.integers(2)) * (min(prefixes[row], prefixes[other]) // page_size)
+        tables[row, :common] = tables[other, :common]
+    options = {name: value for name, value in (("window", int(rng.integers(1, 700))), ("softcap", 3.0)) if not rng.integers(3)}
+    return case | {"page_tables": jnp.asarray(tables)}, rng.choice([jnp.bfloat16, jnp.float8_e4m3fn]), options
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [2, 4, 6, 7, 9, 11])
+def test_any_shape(seed: int) -> None:
+    """And the bits are the same where pages in common are read once."""
+    case, dtype, options = any_case(seed)
+    got = run(case, dtype, **options)
+    want = reference_of(case, dtype, **options)
+    assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
+    np.testing.assert_array_equal(run(case, dtype, shares_pages=True, **options), got)
+
+
 @pytest.mark.gpu
 def test_a_row_does_not_depend_on_the_others() -> None:
     """Row 1's bits are the same beside short, long and no neighbours."""
