@@ -86,8 +86,9 @@ def count(model: str, devices: int) -> dict[str, dict[str, float]]:
 
 
 def _count_cut(model: str, devices: int, layers: int) -> Counts:
+    from jaxserve.compiling import compile_program
     from jaxserve.config import EngineConfig
-    from jaxserve.programs import compile_program, declare_programs
+    from jaxserve.programs import declare_programs
     from jaxserve.tpu.compile import plan_for
     from jaxserve.tpu.target import open_target
 

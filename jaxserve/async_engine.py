@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from jaxserve.admission import Admission
+from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestError
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
-from jaxserve.programs import Progress
 from jaxserve.replicas import Replicas
 from jaxserve.runner import Runner
 from jaxserve.sampling_params import SamplingParams

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,13 +16,8 @@ from jaxserve.models.interface import AnyCacheSpec, Runtime, StateSpec
 from jaxserve.plan import SAMPLE_FIELDS, PlanShape
 from jaxserve.sampler import Mode
 from jaxserve.sharding import Shardings
-from jaxserve.trace_cache import TraceCache
 
 MODES = list(Mode)
-
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total): what start-up reports."""
-
 
 CompilerOptions = dict[str, str | bool]
 
@@ -35,7 +27,9 @@ class ProgramReport:
     """What it took to make a program, and the bytes that it needs on each device.
 
     Attributes:
-        trace_seconds: in Python, where programs wait for each other; not saved by the compile cache.
+        trace_seconds: in Python, one program at a time; not saved by the compile cache.
+        seconds: to trace and to compile, without those in which it waits to be traced.
+        done_s: when it was done, by time.time().
         output_bytes: of results that take the place of no argument.
     """
 
@@ -45,6 +39,7 @@ class ProgramReport:
     temp_bytes: int
     argument_bytes: int
     output_bytes: int = 0
+    done_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Programs:
     @property
     def temporary_bytes(self) -> int:
         """Device memory that the hungriest of them needs besides its arguments and what it returns in their place."""
-        return max((_temporary_bytes(program) for key, program in self.compiled.items() if key != "reset"), default=0)
+        return max((temporary_bytes(program) for key, program in self.compiled.items() if key != "reset"), default=0)
 
     def __len__(self) -> int:
         return len(self.compiled)
@@ -266,49 +261,7 @@ def _reset(inputs: ProgramInputs) -> Program:
     return Program("reset", "reset", reset, (), donated=(), out_shardings=shardings, results=state)
 
 
-def compile_programs(
-    inputs: ProgramInputs,
-    apply_model: step.ApplyModel,
-    runtime: Runtime,
-    on_progress: Progress | None = None,
-    *,
-    traces: TraceCache | None = None,
-    threads: int = 8,
-) -> Programs:
-    """Compiles the whole list, in parallel: tracing shares Python, XLA's compiler does not."""
-    *programs, smallest = declare_programs(inputs, apply_model, runtime)
-    # Alone, before the threads: of two that open jax's compile cache at once, one may be told that there is none.
-    executable, report = compile_program(smallest, runtime, traces)
-    compiled, reports = {smallest.key: executable}, [report]
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(compile_program, program, runtime, traces): program for program in programs}
-        for job in as_completed(jobs):
-            compiled[jobs[job].key], report = job.result()
-            reports.append(report)
-            if on_progress is not None:
-                on_progress("compile", len(reports), len(jobs) + 1)
-    return Programs(compiled, tuple(reports))
-
-
-def compile_program(
-    program: Program, runtime: Runtime, traces: TraceCache | None = None
-) -> tuple[jax.stages.Compiled, ProgramReport]:
-    """Compiles one program for the devices of the runtime's mesh."""
-    started_s = time.monotonic()
-    # Pallas asks the mesh at hand which TPU or GPU it is for, else jax.devices(), where there may be none.
-    assert runtime.mesh is not None
-    asks = runtime.platform == "tpu" or runtime.platform != jax.default_backend()
-    on_target = jax.sharding.use_abstract_mesh(runtime.mesh.abstract_mesh) if asks else nullcontext()
-    with on_target:
-        lowered = program.jitted().lower(*program.arguments) if traces is None else traces.lower(program, runtime.platform)
-    traced_s = time.monotonic()
-    compiled = lowered.compile(compiler_options=program.options)
-    seconds, memory = time.monotonic() - started_s, compiled.memory_analysis()
-    temporary, arguments = (0, 0) if memory is None else (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
-    outputs = _temporary_bytes(compiled) - temporary
-    return compiled, ProgramReport(program.name, traced_s - started_s, seconds, temporary, arguments, outputs)
-
-
-def _temporary_bytes(program: jax.stages.Compiled) -> int:
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Device memory that it needs besides its arguments and what it returns in their place."""
     memory = program.memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

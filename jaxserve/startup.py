@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxserve.absent_tpu import quiet_libtpu
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
+from jaxserve.compiling import FindTracers, Progress, compile_programs
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
@@ -44,13 +45,14 @@ from jaxserve.pallas_kernels.collectives.peers import can_lend
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import ProgramInputs, ProgramReport, Programs, Progress, compile_programs
+from jaxserve.programs import ProgramInputs, ProgramReport, Programs
 from jaxserve.replicas import Replicas, share
 from jaxserve.runner import Runner, abstract_state, page_bytes
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
 from jaxserve.summary import summary_of
 from jaxserve.trace_cache import TraceCache
+from jaxserve.tracing_processes import tracing_processes
 from jaxserve.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -76,6 +78,11 @@ class Build:
     dtype: jnp.dtype
     num_pages: int = 1  # until what else needs memory is known
     device_memory: int | None = None
+
+    def on_mesh(self, mesh: Mesh | None) -> Build:
+        """The same on other devices; with None, on none, so that it can be sent to another process."""
+        shardings: Any = mesh and Shardings(mesh, self.runtime.attention)
+        return replace(self, runtime=replace(self.runtime, mesh=mesh), shardings=shardings)
 
     @property
     def has_states(self) -> bool:
@@ -142,7 +149,14 @@ class Build:
         # Programs for devices that are not there are compiled to see what each takes: not more at once than there are cores.
         threads = 8 if self.device_memory is None else min(os.cpu_count() or 1, 8)
         arguments = self.inputs(), self.model.apply, self.runtime, on_progress
-        return compile_programs(*arguments, traces=self._traces(), threads=threads)
+        traces = self._traces()
+        return compile_programs(*arguments, traces=traces, threads=threads, find_tracers=self._tracers(traces))
+
+    def _tracers(self, traces: TraceCache | None) -> FindTracers | None:
+        """Processes beside this one, where lowering kernels takes long and can be done for devices that are not at hand."""
+        if traces is None or self.runtime.attention != "mosaic_gpu" or jax.process_count() > 1:
+            return None
+        return lambda programs, tracers: tracing_processes(self, tracers, traces.lacks(programs, self.runtime.platform))
 
     def _traces(self) -> TraceCache | None:
         folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]

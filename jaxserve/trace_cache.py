@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ from jaxserve.step import DeviceState, ForwardResults
 
 if TYPE_CHECKING:
     from jaxserve.programs import Program
+
+Trace = Callable[["Program", str], export.Exported]
+"""Traces a program for a platform."""
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +63,22 @@ class TraceCache:
         self._key = hashlib.sha256(repr(made_by).encode())
         _drop_old(folder)
 
-    def lower(self, program: Program, platform: str) -> jax.stages.Lowered:
-        """Traces and lowers a program, or takes it from the folder."""
+    def lacks(self, programs: Sequence[Program], platform: str) -> int:
+        """How many of them would be traced."""
+        return sum(not self._path(program, platform).exists() for program in programs)
+
+    def lower(self, program: Program, platform: str, trace: Trace | None = None) -> jax.stages.Lowered:
+        """Traces and lowers a program, or takes it from the folder.
+
+        Args:
+            trace: what to trace it with; this process, if it is left out.
+        """
         if platform == "gpu":
             importlib.import_module("jax.experimental.mosaic.gpu")  # loads the library that kernels call, as tracing one would
         path = self._path(program, platform)
         exported = _read(path)
         if exported is None:
-            checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
-            make = export.export(program.jitted(), platforms=(_PLATFORMS[platform],), disabled_checks=checks)
-            exported = make(*program.arguments)
+            exported = (trace or trace_here)(program, platform)
             _write(path, exported)
         # Both ways pass through the same call, so that both find the same compiled program.
         return program.jitted(exported.call).lower(*program.arguments)
@@ -87,6 +97,12 @@ class TraceCache:
         )
         key.update(repr(described).encode())
         return self._folder / f"{key.hexdigest()}.stablehlo"
+
+
+def trace_here(program: Program, platform: str) -> export.Exported:
+    """Traces a program in this process."""
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
+    return export.export(program.jitted(), platforms=(_PLATFORMS[platform],), disabled_checks=checks)(*program.arguments)
 
 
 def _described(leaf: Any) -> str:

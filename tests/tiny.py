@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.buckets import Buckets, choose_buckets
+from jaxserve.compiling import compile_programs
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.limits import Limits
@@ -26,7 +27,7 @@ from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec,
 from jaxserve.outputs import RequestOutput
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import ProgramInputs, Programs, compile_programs
+from jaxserve.programs import ProgramInputs, Programs
 from jaxserve.runner import Runner, abstract_state
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler

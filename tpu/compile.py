@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, DoesNotFitError
 from jaxserve.models.loading import open_source
 from jaxserve.pool_size import resident_bytes
-from jaxserve.programs import ProgramReport, Progress
+from jaxserve.programs import ProgramReport
 from jaxserve.sharding import make_mesh
 from jaxserve.startup import Build, compile_to_fit, plan_build
 from jaxserve.tpu.target import Target

@@ -2,7 +2,7 @@
 
 Each start is a process of its own, timed by its phases: seconds since the process began until jax and jaxserve are imported, the
 first program is compiled, the last one is, the weights are there (they load meanwhile), the engine is ready, and a token has come.
-Beside that, what all programs together took to trace and to compile, in several threads at once.
+Beside that, what programs took to trace and to compile, several at once, and when each was done.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli_engine import ENGINE_OPTIONS, add_engine_flags, engine_config
 from jaxserve.cli_flags import read_options
 from jaxserve.errors import JaxserveError
+
+if TYPE_CHECKING:
+    from jaxserve.programs import ProgramReport
 
 _CHILD = "import sys, jaxserve.cli_bench.startup as startup; startup.start_once(sys.argv[1])"
 
@@ -49,7 +52,14 @@ def _start(options: str) -> dict[str, Any]:
     if child.returncode:
         raise JaxserveError(f"the start failed with status {child.returncode}; what it said is above")
     marks: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return {name: round(value - began_s, 2) if name.endswith("_at_s") else value for name, value in marks.items()}
+    return _since(began_s, marks)
+
+
+def _since(began_s: float, marks: dict[str, Any]) -> dict[str, Any]:
+    """The marks, with times of the clock as seconds since then."""
+    since = {name: round(value - began_s, 2) for name, value in marks.items() if name.endswith("_at_s")}
+    deeper = {name: _since(began_s, value) for name, value in marks.items() if isinstance(value, dict)}
+    return marks | since | deeper
 
 
 def start_once(options: str) -> None:
@@ -85,4 +95,14 @@ def _sums(engine: Any) -> dict[str, Any]:
         "programs": len(reports),
         "traced_for_s": round(sum(report.trace_seconds for report in reports), 2),
         "compiled_for_s": round(sum(report.seconds - report.trace_seconds for report in reports), 2),
+        "by_program": {report.name: _of_program(report) for report in reports},
+    }
+
+
+def _of_program(report: ProgramReport) -> dict[str, float]:
+    compile_seconds = report.seconds - report.trace_seconds
+    return {
+        "traced_for_s": round(report.trace_seconds, 2),
+        "compiled_for_s": round(compile_seconds, 2),
+        "done_at_s": report.done_s,
     }

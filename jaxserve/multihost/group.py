@@ -10,6 +10,7 @@ from functools import partial
 import jax
 
 from jaxserve.async_engine import AsyncEngine
+from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
@@ -19,7 +20,6 @@ from jaxserve.multihost.identity import identity_of
 from jaxserve.multihost.leader import Leader, gather
 from jaxserve.multihost.leading_runner import LeadingRunner
 from jaxserve.multihost.worker import join
-from jaxserve.programs import Progress
 from jaxserve.runner import Runner
 from jaxserve.startup import build_engine
 

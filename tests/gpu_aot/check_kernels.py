@@ -18,12 +18,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.kernels.compile import VARIANTS, build
+from jaxserve.compiling import compile_program
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
 from jaxserve.pallas_kernels.residual_norm.mosaic_gpu import add_and_normalize
-from jaxserve.programs import compile_program, declare_programs
+from jaxserve.programs import declare_programs
 from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
 from tests.tpu.steps import compile_step, copied_weights, count_collectives, plan, write_config

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jaxserve.compiling import compile_program
 from jaxserve.config import EngineConfig
 from jaxserve.models.interface import StateSpec
-from jaxserve.programs import compile_program, declare_programs
+from jaxserve.programs import declare_programs
 from jaxserve.startup import Build
 from jaxserve.tpu.compile import plan_for
 from jaxserve.tpu.target import open_target
