@@ -184,6 +184,9 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     config = engine_config(read_options(args, ENGINE_OPTIONS))
     prompts = args.prompt or [_read_prompt()]
+    from jaxserve.devices import expect_devices
+
+    expect_devices()
     from jaxserve import LLM
     from jaxserve.cli_chat import printable
     from jaxserve.startup import build_engine

@@ -11,12 +11,12 @@ import jax
 
 from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from jaxserve.config import EngineConfig
+from jaxserve.devices import expect_devices
 from jaxserve.engine import Engine
 from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import RequestOutput
 from jaxserve.replicas import Replicas
 from jaxserve.sampling_params import OutputKind, SamplingParams
-from jaxserve.startup import build_engine
 
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": [...]}."""
@@ -44,6 +44,9 @@ class LLM:
             ConfigError: an option is unknown or cannot work.
             ModelLoadError: the model cannot be loaded.
         """
+        expect_devices()
+        from jaxserve.startup import build_engine  # meanwhile, as it takes a second
+
         self._use(build_engine(EngineConfig.from_options(model=model, **options)))
 
     @classmethod

@@ -24,6 +24,7 @@ from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
 from jaxserve.compiling import FindTracers, Progress, compile_programs
 from jaxserve.config import EngineConfig
+from jaxserve.devices import expect_devices
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits
@@ -181,12 +182,10 @@ def build_engine(
         ConfigError: an option cannot work with this model or these devices.
         ModelLoadError: the model's files are missing, malformed or of an unknown architecture.
     """
-    quiet_libtpu()
+    expect_devices()
     use_compile_cache(config.compile)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(jax.devices)  # a GPU takes seconds to be ready, as long as the config takes to be read
-        source = open_source(config.model.model, config.model.load_format)
-        tokenizer = load_tokenizer(config, source)
+    source = open_source(config.model.model, config.model.load_format)
+    tokenizer = load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
         _build_replica(

@@ -42,7 +42,10 @@ class _Tracer:
 
     def answer(self, asked: Order | str) -> bytearray | str | None:
         try:
-            return self._trace(asked) if isinstance(asked, str) else self._begin(asked)
+            if isinstance(asked, str):
+                return self._trace(asked)
+            self._begin(asked)
+            return None
         except Exception as error:  # noqa: BLE001  whatever it is, the process that asks can do without
             return f"{type(error).__name__}: {error}"
 

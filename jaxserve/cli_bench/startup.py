@@ -65,6 +65,9 @@ def _since(began_s: float, marks: dict[str, Any]) -> dict[str, Any]:
 def start_once(options: str) -> None:
     """One start, in the process that is there for it; prints its marks as JSON, in seconds of the wall clock."""
     config = engine_config(json.loads(options))
+    from jaxserve.devices import expect_devices
+
+    expect_devices()
     from jaxserve.llm import LLM
     from jaxserve.sampling_params import SamplingParams
     from jaxserve.startup import build_engine
