@@ -13,19 +13,20 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxserve import uncollected
 from jaxserve.admission import Admission
-from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
+from jaxserve.devices import expect_devices
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestError
 from jaxserve.metrics import Observer
 from jaxserve.outputs import RequestOutput
 from jaxserve.replicas import Replicas
-from jaxserve.runner import Runner
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.startup import MakeRunner, build_engine
 
 if TYPE_CHECKING:
+    from jaxserve.compiling import Progress
+    from jaxserve.startup import MakeRunner
     from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,12 @@ class AsyncEngine:
         *,
         observer: Observer | None = None,
         on_progress: Progress | None = None,
-        make_runner: MakeRunner = Runner,
+        make_runner: MakeRunner | None = None,
     ) -> Self:
         """Loads and compiles; blocks until the engine is ready."""
+        expect_devices()
+        with uncollected():  # meanwhile, as it takes a second
+            from jaxserve.startup import build_engine
         return cls(build_engine(config, observer=observer, on_progress=on_progress, make_runner=make_runner))
 
     @property

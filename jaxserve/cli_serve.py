@@ -27,10 +27,6 @@ def serve(config: EngineConfig, server_config: ServerConfig, load: Load, build: 
         load: shows how far loading is.
         build: what makes the engine, if not AsyncEngine.from_config.
     """
-    if build is None:  # else jax is told by the group which devices there are
-        from jaxserve.devices import expect_devices
-
-        expect_devices()
     from jaxserve.server.app import create_app
     from jaxserve.server.logs import set_up_logging
     from jaxserve.server.metrics import EngineMetrics

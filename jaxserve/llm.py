@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 
+from jaxserve import uncollected
 from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from jaxserve.config import EngineConfig
 from jaxserve.devices import expect_devices
@@ -45,7 +46,8 @@ class LLM:
             ModelLoadError: the model cannot be loaded.
         """
         expect_devices()
-        from jaxserve.startup import build_engine  # meanwhile, as it takes a second
+        with uncollected():  # meanwhile, as it takes a second
+            from jaxserve.startup import build_engine
 
         self._use(build_engine(EngineConfig.from_options(model=model, **options)))
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve import uncollected
 from jaxserve.absent_tpu import quiet_libtpu
 from jaxserve.buckets import Buckets, choose_buckets
 from jaxserve.compile_cache import use_compile_cache
@@ -174,7 +175,7 @@ def build_engine(
     *,
     observer: Observer | None = None,
     on_progress: Progress | None = None,
-    make_runner: MakeRunner = Runner,
+    make_runner: MakeRunner | None = None,
 ) -> Engine | Replicas:
     """Loads the model, compiles every program and returns an engine that is ready.
 
@@ -184,8 +185,9 @@ def build_engine(
     """
     expect_devices()
     use_compile_cache(config.compile)
-    source = open_source(config.model.model, config.model.load_format)
-    tokenizer = load_tokenizer(config, source)
+    with uncollected():  # transformers is imported
+        source = open_source(config.model.model, config.model.load_format)
+        tokenizer = load_tokenizer(config, source)
     meshes = make_meshes(config.parallel.tensor_parallel_size, config.parallel.data_parallel_size)
     engines = [
         _build_replica(
@@ -195,7 +197,7 @@ def build_engine(
             tokenizer,
             replica_observer,
             _of_replica(on_progress, i, len(meshes)),
-            make_runner,
+            make_runner or Runner,
         )
         for i, (mesh, replica_observer) in enumerate(zip(meshes, share(observer, len(meshes)), strict=True))
     ]

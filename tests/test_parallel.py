@@ -142,7 +142,7 @@ def test_an_axis_that_does_not_divide_is_whole(axes: Sequence[str | None], shape
 def test_compile_is_for_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meshes: list[list[int]] = []
 
-    def compile_programs(*args: Any, traces: object, threads: int) -> Programs:
+    def compile_programs(*args: Any, traces: object, threads: int, find_tracers: object) -> Programs:
         runtime, on_progress = args[-2:]
         meshes.append([device.id for device in runtime.mesh.devices.flat])
         on_progress("compile", 1, 1)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve import uncollected
 from jaxserve.cli_engine import ENGINE_OPTIONS, add_engine_flags, engine_config
 from jaxserve.cli_flags import read_options
 from jaxserve.errors import JaxserveError
@@ -68,9 +69,10 @@ def start_once(options: str) -> None:
     from jaxserve.devices import expect_devices
 
     expect_devices()
-    from jaxserve.llm import LLM
-    from jaxserve.sampling_params import SamplingParams
-    from jaxserve.startup import build_engine
+    from jaxserve import LLM, SamplingParams
+
+    with uncollected():
+        from jaxserve.startup import build_engine
 
     marks: dict[str, Any] = {"imported_at_s": time.time()}
 
