@@ -33,7 +33,6 @@ NEAR_TIE = 0.1  # nats between the two likeliest tokens, below which bfloat16 su
 STUCK_S = 30.0  # a step takes milliseconds
 TP2 = {"tensor_parallel_size": 2}
 UNCACHED = TP2 | {"compilation_cache_dir": ""}
-KERNEL = "jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce_norm"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ PHASES = {
     "tp2_norms_apart": Phase(
         UNCACHED, CASES[:3], patches=(("jaxserve.models.interface", "Runtime.norms_sums", False),), compares=False, limit_s=100
     ),
-    "tp2_unfetched": Phase(UNCACHED, CASES[:3], patches=((KERNEL, "PREFETCHED_BYTES", 0),), compares=False, limit_s=100),
     "tp2_xla": Phase(TP2 | {"peer_sums": False}, CASES[:3], limit_s=110),
 }
 

@@ -191,10 +191,17 @@ def _compiler_options(shape: PlanShape, runtime: Runtime) -> CompilerOptions:
 
     From 256 tokens up, cuBLAS alone is as fast as the better of it and Triton, adds the residual within the product, and saves
     the seconds that choosing takes (87 s for one 8-bit program, measured on an H100). Kernels that wait for other GPUs share flags, so
-    none may run beside another, as it could where a layer has two sums that do not need each other.
+    none may run beside another, as it could where a layer has two sums that do not need each other. Weights and pages alone are more
+    than the share of a GPU's memory that XLA plans with, so it would compute small arrays anew for each layer, to save nothing.
     """
-    in_order: CompilerOptions = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"} if runtime.peer_sums else {}
-    return in_order | ({"xla_gpu_enable_triton_gemm": False} if runtime.platform == "gpu" and shape.num_tokens >= 256 else {})
+    if runtime.platform != "gpu":
+        return {}
+    options: CompilerOptions = {"xla_disable_hlo_passes": "rematerialization"}
+    if runtime.peer_sums:
+        options["xla_gpu_command_buffer_scheduling_mode"] = "SERIALIZE"
+    if shape.num_tokens >= 256:
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options
 
 
 def _sample(num_samples: int, mode: Mode, how: dict[str, Any], inputs: ProgramInputs) -> Program:

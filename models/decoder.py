@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models import late_sums, summed_layers
+from jaxserve.models import late_sums
 from jaxserve.models.cache_layout import CacheLayout, CachePlace, one_table, table_of
 from jaxserve.models.interface import MODEL_AXIS, AnyCacheSpec, Runtime, StepBatch
 from jaxserve.models.layers.altup import AltUp, Laurel, Streams
@@ -81,9 +81,9 @@ class DecoderLayer(nnx.Module):
             x: [T, D]; or the streams [T, A, D]; or [T, 2, D] with what the shortcut of the layer before gives beside it.
             shared: the block that the layer goes through beside its mixer, and the embeddings, for it.
         """
-        if runtime.sums_in_kernels and late_sums.serves(self):
+        if runtime.norms_sums and late_sums.serves(self):
             return late_sums.run(self, x, caches, batch, rotation, runtime)
-        x = added(x)
+        x = added(x, batch, runtime)
         if self.altup is None:
             x, late = (x, None) if x.ndim == 2 else (x[:, 0], x[:, 1])
             x, caches = self._compute(x, caches, batch, rotation, runtime, shared)
@@ -260,23 +260,17 @@ class Decoder(nnx.Module):
         inputs = None if self.inputs is None else self.inputs(batch.token_ids, embedded)
         if self.streams is not None:
             x = self.streams.made_of(x)
-        arrays, is_summed = list(caches), summed_layers.serves(self.spec, batch, runtime)
-        if is_summed:
-            x = summed_layers.enter(x, self.layers[0])
+        arrays = list(caches)
         for i, (layer, layer_spec, places) in enumerate(zip(self.layers, self.spec.layers, self._places(layout), strict=True)):
             own = tuple(arrays[place.array] for place in places)
             shared = () if layer_spec.shared is None else (*nnx.split(self.shared[layer_spec.shared.block]), embedded)
             layer_batch = batch.with_table(table_of(places))
             own_input = None if inputs is None else inputs[:, i]
             common = (*nnx.split(layer), x, own, layer_batch, rotations[layer_spec.rope], runtime)
-            if is_summed:
-                behind = summed_layers.following(self.layers[i + 1]) if i + 1 < len(self.layers) else None
-                x, own = summed_layers.run_layer(*common, behind)
-            else:
-                x, own = _run_layer(*common, *shared, own_input=own_input)
+            x, own = _run_layer(*common, *shared, own_input=own_input)
             for place, cache in zip(places, own, strict=True):
                 arrays[place.array] = cache
-        x = jnp.take(added(x), batch.logit_rows, axis=0, mode="clip")
+        x = jnp.take(added(x, batch, runtime), batch.logit_rows, axis=0, mode="clip")
         return self._logits(x if self.streams is None else self.streams.merged(x), batch, runtime), tuple(arrays)
 
     def cache_specs(self) -> tuple[AnyCacheSpec, ...]:

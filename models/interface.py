@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.models.cache_layout import CacheLayout
 from jaxserve.models.cache_spec import AnyCacheSpec, CacheKind, CacheSpec, StateSpec
 from jaxserve.pallas_kernels import paged_attention as kernels
-from jaxserve.pallas_kernels.collectives import all_gather, all_reduce, all_reduce_normed
+from jaxserve.pallas_kernels.collectives import all_gather, all_reduce
 
 __all__ = [
     "MODEL_AXIS",
@@ -128,7 +128,11 @@ class Runtime:
 
     @property
     def has_one_device(self) -> bool:
-        return self.mesh is None or self.mesh.size == 1
+        return self.num_devices == 1
+
+    @property
+    def num_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def rounding(self) -> kernels.Implementation:
@@ -137,13 +141,13 @@ class Runtime:
 
     @property
     def norms_sums(self) -> bool:
-        """Whether the kernel that adds up what GPUs have also adds the residual stream and norms it (models/summed_layers.py)."""
-        return self.peer_sums
+        """Whether kernels of norms also add up what comes before: a product's parts, GPUs' sums, the residual (models/late_sums.py)."""
+        return self.sums_in_kernels or self.peer_sums
 
     @property
     def sums_in_kernels(self) -> bool:
-        """Whether kernels add up what a product gives in parts: those of norms (models/late_sums.py) and of rope."""
-        return self.attention == "mosaic_gpu" and self.has_one_device
+        """Whether kernels add up what a product gives in parts: those of norms and of rope."""
+        return self.attention == "mosaic_gpu"
 
     @property
     def rotates_and_writes(self) -> bool:
@@ -169,9 +173,9 @@ class Runtime:
         """
         f = partial(kernels.rotate_and_write, implementation=self.attention, eps=eps, offset=offset)
         heads, pool = P(None, MODEL_AXIS), pages_partition(self.attention)
-        specs = (heads, P(), P(), pool, P(), P(), P(MODEL_AXIS), P())
+        specs = (cut_at(qkv.ndim - 3, qkv.ndim), P(), P(), pool, P(), P(), P(MODEL_AXIS), P())
         arrays = (qkv, *rotation, kv_pages, batch.write_slots, *scales, gains)
-        result: tuple[Array, Array] = self._sharded(f, specs, (heads, pool))(*arrays)
+        result: tuple[Array, Array] = self.sharded(f, specs, (heads, pool))(*arrays)
         return result
 
     def attend(
@@ -202,7 +206,7 @@ class Runtime:
         heads, pool, by_head = P(None, MODEL_AXIS, None), pages_partition(self.attention), P(MODEL_AXIS)
         specs = (heads, heads, heads, pool, *(P(),) * 5, by_head, by_head)
         arrays = (q, k, v, kv_pages, *_rows_of(batch), sinks, alibi)
-        result: tuple[Array, Array] = self._sharded(attend, specs, (heads, pool))(*arrays)
+        result: tuple[Array, Array] = self.sharded(attend, specs, (heads, pool))(*arrays)
         return result
 
     def attend_latent(
@@ -220,7 +224,7 @@ class Runtime:
         heads = P(None, MODEL_AXIS, None)
         specs = (heads, *(P(),) * 8)
         arrays = (q, latent[:, None], None, pages, *_rows_of(batch))
-        result: tuple[Array, Array] = self._sharded(attend, specs, (heads, P()))(*arrays)
+        result: tuple[Array, Array] = self.sharded(attend, specs, (heads, P()))(*arrays)
         return result
 
     def sum_parts(
@@ -238,36 +242,8 @@ class Runtime:
         def local(x: Array, w: Any, peers: Array) -> Array:
             return all_reduce(multiply(x, w), peers, MODEL_AXIS)
 
-        summed: Array = self._sharded(local, (_cut_at(axis, x.ndim), cut_w, P(MODEL_AXIS)), P())(x, w, batch.peers)
+        summed: Array = self.sharded(local, (cut_at(axis, x.ndim), cut_w, P(MODEL_AXIS)), P())(x, w, batch.peers)
         return summed
-
-    def sum_parts_normed(
-        self,
-        multiply: Callable[[Array, Any], Array],
-        x: Float[Array, "T ..."],
-        w: Any,
-        cut_w: Any,
-        axis: int,
-        residual: Float[Array, "T D"],
-        norm: tuple[Array, float, float],
-        following: tuple[Array, int],
-        batch: StepBatch,
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """residual plus sum_parts, where devices do have parts, and the RMS norm of that.
-
-        Args:
-            norm: gain, eps and what is added to the gain.
-            following: what the norm is multiplied by, so that it may be fetched meanwhile, and which axis of it is cut.
-        """
-        (gain, eps, offset), (next_weights, next_axis) = norm, following
-
-        def local(x: Array, w: Any, residual: Array, gain: Array, weights: Array, peers: Array) -> tuple[Array, Array]:
-            arrays = (multiply(x, w), residual, gain, peers)
-            return all_reduce_normed(*arrays, MODEL_AXIS, eps=eps, offset=offset, next_weights=weights)
-
-        specs = (_cut_at(axis, x.ndim), cut_w, P(), P(), _cut_at(next_axis, next_weights.ndim), P(MODEL_AXIS))
-        result: tuple[Array, Array] = self._sharded(local, specs, (P(), P()))(x, w, residual, gain, next_weights, batch.peers)
-        return result
 
     def look_up(self, table: Float[Array, "V D"], batch: StepBatch) -> Float[Array, "T D"]:
         """The step's tokens' rows of a table that may be cut over the devices."""
@@ -280,7 +256,7 @@ class Runtime:
             rows = jnp.where(is_own[:, None], jnp.take(table, row, axis=0, mode="clip"), 0)
             return all_reduce(rows, peers, MODEL_AXIS)
 
-        rows: Array = self._sharded(local, (P(MODEL_AXIS), P(), P(MODEL_AXIS)), P())(table, batch.token_ids, batch.peers)
+        rows: Array = self.sharded(local, (P(MODEL_AXIS), P(), P(MODEL_AXIS)), P())(table, batch.token_ids, batch.peers)
         return rows
 
     def gather_columns(
@@ -305,7 +281,7 @@ class Runtime:
             return all_gather(multiply(x, w, bias), peers, MODEL_AXIS)
 
         cuts = (P(), cut_w, P(MODEL_AXIS), P(MODEL_AXIS))
-        gathered: Array = self._sharded(local, cuts, P())(x, w, bias, batch.peers)
+        gathered: Array = self.sharded(local, cuts, P())(x, w, bias, batch.peers)
         return gathered
 
     def over_experts(
@@ -327,22 +303,24 @@ class Runtime:
             return all_reduce(f(*inputs[: len(tokens)], first, *inputs[len(tokens) :]), peers, MODEL_AXIS)
 
         specs = (P(MODEL_AXIS), *(P() for _ in tokens), *(P(MODEL_AXIS) for _ in arrays))
-        summed: Array = self._sharded(local, specs, P())(batch.peers, *tokens, *arrays)
+        summed: Array = self.sharded(local, specs, P())(batch.peers, *tokens, *arrays)
         return summed
 
-    def _sharded(self, f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[..., Any]:
+    def sharded(self, f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[..., Any]:
+        """f under shard_map, where there are several devices."""
         if self.has_one_device:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _cut_at(axis: int, ndim: int) -> P:
+def cut_at(axis: int, ndim: int) -> P:
+    """An array cut over the devices along one axis."""
     return P(*(MODEL_AXIS if i == axis else None for i in range(ndim)))
 
 
 def pages_partition(implementation: kernels.Implementation) -> P:
     """How a pool whose heads spread over devices is cut."""
-    return _cut_at(kernels.head_axis(implementation), 4)
+    return cut_at(kernels.head_axis(implementation), 4)
 
 
 def _rows_of(batch: StepBatch) -> tuple[Array, ...]:

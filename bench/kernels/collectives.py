@@ -33,7 +33,6 @@ WAYS: dict[str, dict[str, Any]] = {
 # Phase -> (ways, environment, limit in seconds). In "kept", graphs whose temporary memory stays where it was are not recorded anew.
 PHASES: dict[str, tuple[tuple[str, ...], dict[str, str], float]] = {
     "gather": ((), {}, 30),
-    "normed": ((), {}, 60),
     "own": (("own", "none"), {}, 30),
     "xla": (("xla", "nccl_graph", "nccl"), {}, 40),
     "kept": (("nccl_graph",), {"XLA_FLAGS": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"}, 25),
@@ -130,74 +129,9 @@ def measure_gather(out: Path) -> None:
             file.write(line + "\n")
 
 
-def measure_normed(out: Path, until_s: float) -> None:
-    """A sum with the residual stream and its norm, then a product of the norm: microseconds for both, by rows and the product's width.
-
-    "apart" are the sum's kernel and XLA's norm; the others are one kernel, which fetches so many MiB of the product's weights.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from jaxserve.pallas_kernels.collectives import all_reduce, all_reduce_normed, mosaic_gpu_all_reduce_norm
-    from jaxserve.pallas_kernels.collectives.peers import lend
-
-    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
-    _lent, table = lend(mesh)
-    x = jax.device_put(jnp.ones((256, WIDTH), jnp.bfloat16), NamedSharding(mesh, P()))
-    with out.open("w") as file:
-        for rows, width in ((64, 3072), (64, 14336), (16, 3072), (16, 14336), (256, 14336)):
-            if time.monotonic() > until_s:
-                return
-            layers = 16  # together more than a cache holds
-            cut = NamedSharding(mesh, P(None, None, "model"))
-            make = jax.jit(lambda key, w=width: jax.random.normal(key, (16, WIDTH, 2 * w), jnp.bfloat16) / 64, out_shardings=cut)
-            weights, times = [make(jax.random.key(0))[i] for i in range(layers)], {}
-            for way in ("apart", 0, 8, 16, 24, 32):
-                jax.clear_caches()
-                mosaic_gpu_all_reduce_norm.PREFETCHED_BYTES = 0 if way == "apart" else way << 20
-
-                def program(x: Any, weights: Any, table: Any, way: Any = way, rows: int = rows) -> Any:
-                    total = normed = x[:rows]
-                    gain = jnp.ones(WIDTH, x.dtype)
-                    for w in weights:
-                        if way == "apart":
-                            total = total + all_reduce(normed, table, "model")
-                            wide = total.astype(jnp.float32)
-                            scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)
-                            normed = (wide * scale * gain).astype(x.dtype)
-                        else:
-                            how: Any = {"eps": 1e-5, "offset": 0.0, "next_weights": w}
-                            total, normed = all_reduce_normed(normed, total, gain, table, "model", **how)
-                        y = normed @ w
-                        normed = jnp.pad(y, ((0, 0), (0, max(WIDTH - y.shape[1], 0))))[:, :WIDTH]
-                    return total, normed
-
-                specs = {"in_specs": (P(), P(None, "model"), P("model")), "out_specs": P(), "check_vma": False}
-                compiled = jax.jit(jax.shard_map(program, mesh=mesh, **specs)).lower(x, weights, table).compile()
-                digest = float(jnp.abs(compiled(x, weights, table)[0].astype(jnp.float32)).mean())
-                best = float("inf")
-                for _ in range(4):
-                    start = time.perf_counter()
-                    for _ in range(20):
-                        y = compiled(x, weights, table)
-                    jax.block_until_ready(y)
-                    best = min(best, (time.perf_counter() - start) / 20 / layers * 1e6)
-                times[str(way)] = {"us": round(best, 2), "digest": round(digest, 4)}
-            line = json.dumps({"way": "normed", "rows": rows, "width": width, "times": times})
-            print(line, flush=True)
-            file.write(line + "\n")
-            file.flush()
-
-
 def measure_phase(name: str, out: Path, until_s: float) -> None:
     if name == "gather":
         measure_gather(out)
-        return
-    if name == "normed":
-        measure_normed(out, until_s)
         return
     with out.open("w") as file:
         for way, rows, matmul, donated in cases(PHASES[name][0]):

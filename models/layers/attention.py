@@ -114,7 +114,7 @@ class Attention(nnx.Module):
     def _unscaled(self, x: Array | Fp8Rows, runtime: Runtime) -> tuple[Array, tuple[Array | None, Array | None]]:
         """q, k and v as one, which may be in parts, and what rows and columns are yet to be multiplied by."""
         weight, bias = self.qkv.get_value(), value(self.qkv_bias)
-        product = multiply_in_parts(x, weight, runtime) if bias is None else None
+        product = multiply_in_parts(x, weight, runtime, devices=runtime.num_devices) if bias is None else None
         if product is None:
             return linear_unscaled(x, weight, bias)
         return product.parts if len(product.parts) > 1 else product.parts[0], (product.row_scales, product.scales)

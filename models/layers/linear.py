@@ -146,41 +146,16 @@ def linear_of_parts(
     """
     if isinstance(w, OutputsFirst) or isinstance(x, Fp8Rows):
         return linear(x, w, bias, contract=contract)
-    y = runtime.sum_parts(partial(linear, contract=contract), x, w, _cut(w, contract), x.ndim - contract, batch)
+    y = runtime.sum_parts(partial(linear, contract=contract), x, w, cut_of_inputs(w, contract), x.ndim - contract, batch)
     return y if bias is None else y + bias
 
 
-def _cut(w: Array | Fp8Weight, contract: int) -> Any:
+def cut_of_inputs(w: Array | Fp8Weight, contract: int) -> Any:
     """How the weight, or its arrays, are cut over the devices along the first axis that meets the input."""
     if not isinstance(w, Fp8Weight):
         return P(MODEL_AXIS)
     inputs, whole = P(*(None,) * (w.values.ndim - contract), MODEL_AXIS), None if w.input_scale is None else P()
     return replace(w, values=cast(Any, inputs), scales=cast(Any, P()), input_scale=cast(Any, whole))
-
-
-def add_parts_normed(
-    residual: Float[Array, "T D"],
-    x: Float[Array, "T ..."] | Fp8Rows,
-    w: Float[Array, ...] | Fp8Weight | OutputsFirst,
-    norm: tuple[Array, float, float],
-    reader: Array | Fp8Weight | OutputsFirst,
-    *,
-    batch: StepBatch,
-    runtime: Runtime,
-    contract: int = 1,
-    reader_axis: int,
-) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """residual plus linear_of_parts, and the RMS norm of that, where devices add up by themselves.
-
-    Args:
-        norm: see Runtime.sum_parts_normed.
-        reader: a weight [D, *out] that the norm meets, which may be fetched meanwhile.
-        reader_axis: of its outputs, cut over the devices.
-    """
-    assert not isinstance(w, OutputsFirst) and not isinstance(reader, OutputsFirst) and not isinstance(x, Fp8Rows)
-    values, axis = (reader.values, reader_axis) if isinstance(reader, Fp8Weight) else (reader, 1 + reader_axis)
-    multiply, cut = partial(linear, contract=contract), _cut(w, contract)
-    return runtime.sum_parts_normed(multiply, x, w, cut, x.ndim - contract, residual, norm, (values, axis), batch)
 
 
 def linear_by_head(x: Float[Array, "T N A"], w: Float[Array, "N A B"]) -> Float[Array, "T N B"]:

@@ -10,13 +10,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import LogicalAxes, Runtime
+from jaxserve.models.interface import LogicalAxes
 from jaxserve.models.layers.linear import parameter, value
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, have_kernels
-from jaxserve.models.layers.unsummed import Unadded
 from jaxserve.models.spec import NormSpec
 from jaxserve.pallas_kernels import quantized_rows
-from jaxserve.pallas_kernels.residual_norm import add_and_normalize
 
 
 class Norm(nnx.Module):
@@ -60,29 +58,6 @@ class Norm(nnx.Module):
         """The gain, where there is one."""
         assert self.weight is not None
         return self.weight.get_value()
-
-    def of_sum(
-        self, x: Float[Array, "T D"] | Unadded, readers: Sequence[Array | Fp8Weight], runtime: Runtime
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | Fp8Rows]:
-        """The residual stream with what it waits for, and the norm of that, in 8 bits if all that read it take such rows.
-
-        For RMS norms with a gain and without a bias.
-        """
-        if not isinstance(x, Unadded):
-            return x, apply_norm_for(readers, self, x, self(x))
-        offset, rounds = 1.0 if self.spec.unit_offset else 0.0, have_kernels(readers)
-        stream, normed, *scales = add_and_normalize(
-            x.x,
-            x.change.parts,
-            self.gain(),
-            x.change.row_scales,
-            x.change.scales,
-            eps=self.spec.eps,
-            offset=offset,
-            rounds=rounds,
-            implementation=runtime.attention,
-        )
-        return stream, Fp8Rows(normed, scales[0], dtype=stream.dtype) if rounds else normed
 
     def gained(self, y: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """The gain and the bias of each dimension applied to normalised rows."""

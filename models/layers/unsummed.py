@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxserve.models.interface import Runtime
-from jaxserve.models.layers.linear import OutputsFirst, linear
+from jaxserve.models.interface import MODEL_AXIS, Runtime, StepBatch, cut_at
+from jaxserve.models.layers.linear import OutputsFirst, cut_of_inputs, linear, linear_of_parts
 from jaxserve.models.layers.quantized import Fp8Rows, Fp8Weight, rounded
-from jaxserve.pallas_kernels.residual_norm import reference
+from jaxserve.pallas_kernels.collectives import add_up, all_reduce, all_reduce_normed
+from jaxserve.pallas_kernels.residual_norm import add_and_normalize, reference
 
 MANY_ROWS = 256  # from which on a product has work for all multiprocessors as it is
 MULTIPROCESSORS = 132  # of an H100
@@ -36,23 +39,71 @@ class Product:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Unadded:
-    """A residual stream whose last change is still a product."""
+    """A residual stream whose last change is still a product. On several devices each has as many of its parts, and rounds their sum."""
 
     x: Float[Array, "T D"]
     change: Product
 
 
-def added(x: Float[Array, "T ..."] | Unadded) -> Float[Array, "T ..."]:
+def added(x: Float[Array, "T ..."] | Unadded, batch: StepBatch, runtime: Runtime) -> Float[Array, "T ..."]:
     """The residual stream, with what it waits for."""
     if not isinstance(x, Unadded):
         return x
-    return reference.add(x.x, x.change.parts, x.change.row_scales, x.change.scales)
+    if runtime.has_one_device:
+        return reference.add(x.x, x.change.parts, x.change.row_scales, x.change.scales)
+    dtype = x.x.dtype
+
+    def local(parts: Array, peers: Array) -> Array:
+        return all_reduce(add_up(parts, dtype), peers, MODEL_AXIS)
+
+    cut = P(MODEL_AXIS)
+    summed: Array = runtime.sharded(local, (cut, cut), P())(x.change.parts, batch.peers)
+    return x.x + summed
+
+
+def added_normed(
+    x: Unadded,
+    gain: Float[Array, " D"],
+    batch: StepBatch,
+    runtime: Runtime,
+    *,
+    eps: float,
+    offset: float,
+    rounds: bool,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | Fp8Rows]:
+    """The residual stream with what it waits for, and the RMS norm of that times (gain + offset).
+
+    Args:
+        rounds: the norm, to 8 bits; on one device.
+    """
+    how: Any = {"eps": eps, "offset": offset}
+    if runtime.has_one_device:
+        arrays = (x.x, x.change.parts, gain, x.change.row_scales, x.change.scales)
+        stream, normed, *scales = add_and_normalize(*arrays, **how, rounds=rounds, implementation=runtime.attention)
+        return stream, Fp8Rows(normed, scales[0], dtype=stream.dtype) if rounds else normed
+    assert not rounds
+
+    def local(parts: Array, residual: Array, gain: Array, peers: Array) -> tuple[Array, Array]:
+        return all_reduce_normed(parts, residual, gain, peers, MODEL_AXIS, **how)
+
+    cut, whole = P(MODEL_AXIS), P()
+    together = runtime.sharded(local, (cut, whole, whole, cut), (whole, whole))
+    result: tuple[Array, Array] = together(x.change.parts, x.x, gain, batch.peers)
+    return result
 
 
 def multiply_in_parts(
-    x: Float[Array, "T ..."] | Fp8Rows, w: Float[Array, ...] | Fp8Weight | OutputsFirst, runtime: Runtime, contract: int = 1
+    x: Float[Array, "T ..."] | Fp8Rows,
+    w: Float[Array, ...] | Fp8Weight | OutputsFirst,
+    runtime: Runtime,
+    contract: int = 1,
+    devices: int = 1,
 ) -> Product | None:
-    """x times w, where kernels add up and scale what products give; None where `linear` does all of it, which is as quick."""
+    """x times w, where kernels add up and scale what products give; None where `linear` does all of it, which is as quick.
+
+    Args:
+        devices: over how many the outputs are cut.
+    """
     if not runtime.sums_in_kernels or isinstance(w, OutputsFirst) or x.dtype != jnp.bfloat16:
         return None
     if isinstance(w, Fp8Weight):
@@ -60,22 +111,34 @@ def multiply_in_parts(
             return None
         values, row_scales = rounded(x, w, contract)
         out, matrix = w.scales.shape, w.values.reshape(math.prod(w.scales.shape), -1)
-        parts = _multiply(values.reshape(values.shape[0], -1), matrix, 1)
+        rows, inputs = values.reshape(values.shape[0], -1), 1
+        parts = _multiply(rows, matrix, inputs, split_count(rows.shape[0], rows.shape[1], matrix.shape[0]))
         return Product(parts.reshape(*parts.shape[:2], *out), row_scales.reshape(-1), w.scales)
     assert not isinstance(x, Fp8Rows)
     out, rows = w.shape[contract:], x.reshape(x.shape[0], -1)
-    if split_count(rows.shape[0], rows.shape[1], math.prod(out)) == 1:
+    count = split_count(rows.shape[0], rows.shape[1], math.prod(out) // devices)
+    if count == 1:
         return None
-    parts = _multiply(rows, w.reshape(rows.shape[1], -1), 0)
+    parts = _multiply(rows, w.reshape(rows.shape[1], -1), 0, count)
     return Product(parts.reshape(*parts.shape[:2], *out))
 
 
 def add_product(
-    x: Float[Array, "T D"], hidden: Float[Array, "T ..."] | Fp8Rows, w: Array | Fp8Weight, runtime: Runtime, contract: int = 1
+    x: Float[Array, "T D"],
+    hidden: Float[Array, "T ..."] | Fp8Rows,
+    w: Array | Fp8Weight | OutputsFirst,
+    batch: StepBatch,
+    runtime: Runtime,
+    contract: int = 1,
 ) -> Float[Array, "T D"] | Unadded:
-    """The residual stream x plus hidden times w."""
-    product = multiply_in_parts(hidden, w, runtime, contract)
-    return x + linear(hidden, w, contract=contract) if product is None else Unadded(x, product)
+    """The residual stream x plus hidden times w, whose first axis in common is cut over the devices if there are several."""
+    if runtime.has_one_device:
+        product = multiply_in_parts(hidden, w, runtime, contract)
+    else:
+        product = _multiply_cut(hidden, w, batch, runtime, contract)
+    if product is None:
+        return x + linear_of_parts(hidden, w, batch=batch, runtime=runtime, contract=contract)
+    return Unadded(x, product)
 
 
 def split_count(rows: int, inputs: int, outputs: int) -> int:
@@ -95,18 +158,35 @@ def split_count(rows: int, inputs: int, outputs: int) -> int:
     return count
 
 
-def _multiply(x: Float[Array, "T I"], w: Float[Array, ...], inputs: int) -> Float[Array, "S T O"]:
-    """In parts, if that is quicker.
+def _multiply_cut(
+    x: Float[Array, "T ..."] | Fp8Rows, w: Array | Fp8Weight | OutputsFirst, batch: StepBatch, runtime: Runtime, contract: int
+) -> Product | None:
+    """x times w, of which each device has some of what they have in common; None where devices do not add up by themselves."""
+    if batch.peers is None or isinstance(x, Fp8Rows) or isinstance(w, OutputsFirst):
+        return None
+    axis = x.ndim - contract
+    if x.shape[axis] % runtime.num_devices:
+        return None
+
+    def local(x: Array, w: Array | Fp8Weight) -> Array:
+        product = multiply_in_parts(x, w, runtime, contract)
+        return linear(x, w, contract=contract)[None] if product is None else product.parts
+
+    cuts = (cut_at(axis, x.ndim), cut_of_inputs(w, contract))
+    parts: Array = runtime.sharded(local, cuts, P(MODEL_AXIS))(x, w)
+    return Product(parts)
+
+
+def _multiply(x: Float[Array, "T I"], w: Float[Array, ...], inputs: int, count: int) -> Float[Array, "S T O"]:
+    """In `count` parts.
 
     Args:
         inputs: the axis of w that meets x.
     """
-    rows, outputs = x.shape[0], w.shape[1 - inputs]
-    count = split_count(rows, x.shape[1], outputs)
     if count == 1:
         y = jax.lax.dot_general(x, w, (((1,), (inputs,)), ((), ())), preferred_element_type=jnp.bfloat16)
         return y[None]
-    x = x.reshape(rows, count, -1)
+    x = x.reshape(x.shape[0], count, -1)
     w = w.reshape(*w.shape[:inputs], count, -1, *w.shape[inputs + 1 :])
     axes = ((2,), (inputs + 1,)), ((1,), (inputs,))
     return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.float32)

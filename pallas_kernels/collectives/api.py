@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 Peers = Int32[Array, "1 entries 2"]
@@ -23,7 +24,7 @@ def all_reduce(x: Float[Array, ...], peers: Peers | None, axis: str) -> Float[Ar
 
 
 def all_reduce_normed(
-    x: Float[Array, "T D"],
+    parts: Float[Array, "S T D"],
     residual: Float[Array, "T D"],
     gain: Float[Array, " D"],
     peers: Peers | None,
@@ -31,25 +32,27 @@ def all_reduce_normed(
     *,
     eps: float,
     offset: float,
-    next_weights: Array | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """residual plus the sum of x over a mesh axis, and the RMS norm of that times (gain + offset), in float32.
+    """residual plus the sum of parts over a mesh axis, and the RMS norm of that times (gain + offset), in float32.
 
     Args:
-        next_weights: what is multiplied by the norm, which the kernel fetches into the cache, in part, while it waits.
+        parts: of this device, whose sum in float32 is rounded to residual's type before it is sent.
     """
-    if peers is not None and gain.dtype == x.dtype == residual.dtype:
+    if peers is not None and gain.dtype == residual.dtype:
         from jaxserve.pallas_kernels.collectives import mosaic_gpu_all_reduce_norm as kernel
 
-        if kernel.can_norm(x, peers.shape[1] - 1):
-            by_kernel: tuple[Array, Array] = kernel.all_reduce_normed(
-                x, residual, gain, peers, next_weights, eps=eps, offset=offset
-            )
+        if kernel.can_norm(parts, residual, peers.shape[1] - 1):
+            by_kernel: tuple[Array, Array] = kernel.all_reduce_normed(parts, residual, gain, peers, eps=eps, offset=offset)
             return by_kernel
-    total = residual + all_reduce(x, peers, axis)
+    total = residual + all_reduce(add_up(parts, residual.dtype), peers, axis)
     wide = total.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return total, (normed * (gain.astype(jnp.float32) + offset)).astype(x.dtype)
+    return total, (normed * (gain.astype(jnp.float32) + offset)).astype(residual.dtype)
+
+
+def add_up(parts: Float[Array, "S T D"], dtype: DTypeLike) -> Float[Array, "T D"]:
+    """The sum of a device's parts, in float32, rounded to the type."""
+    return parts.astype(jnp.float32).sum(0).astype(dtype)
 
 
 def all_gather(x: Float[Array, "S P"], peers: Peers | None, axis: str) -> Float[Array, "S V"]:

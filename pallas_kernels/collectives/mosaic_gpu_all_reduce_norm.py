@@ -1,7 +1,4 @@
-"""All-reduce, the residual stream and an RMS norm in one kernel, which meanwhile asks for the weights that are read next.
-
-A thread block has whole rows, so it can norm what it has added up. Exchanges, slots and flags are those of mosaic_gpu_all_reduce.
-"""
+"""Products in parts, all-reduce, the residual stream and an RMS norm in one kernel. A thread block has whole rows, so it can norm them."""
 
 from __future__ import annotations
 
@@ -14,21 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float, Int32
 
-from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import (
-    MOST_UNITS,
-    SLOT_BYTES,
-    UNIT,
-    UNIT_BYTES,
-    add_wide,
-    pack,
-    slots_of,
-    widen,
-)
+from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import UNIT, UNIT_BYTES, add_wide, pack, widen
 from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     BLOCKS,
-    MOST_DEVICES,
     THREADS,
     address_of,
     const,
@@ -43,107 +30,101 @@ from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     times,
     utils,
 )
+from jaxserve.pallas_kernels.collectives.mosaic_gpu_flagless import MOST_DEVICES, MOST_UNITS, Flagless
 
 AT_ONCE = 40  # loads of 16 bytes that a thread has under way at most: they are in registers
 WARPS = THREADS // 32
-PREFETCHED_BYTES = 16 << 20  # of the next weights; a third of the second-level cache, which may hold each line twice
-STRETCHES = 16  # of the weights, of each of which the beginning is fetched: blocks of a split product begin all over them
 Words = Sequence[Any]
 
 
-def can_norm(x: jax.Array, devices: int) -> bool:
-    """Whether the kernel serves the shape: bfloat16 rows of whole units, few enough of them for a slot."""
-    rows, width = x.shape
+def can_norm(parts: jax.Array, residual: jax.Array, devices: int) -> bool:
+    """Whether the kernel serves the shapes: few bfloat16 rows of whole units; few parts in float32, or one in bfloat16."""
+    (rows, width), count, is_wide = residual.shape, parts.shape[0], parts.dtype == jnp.float32
     units = width // UNIT
-    is_whole = x.dtype == jnp.bfloat16 and width % UNIT == 0 and 0 < math.ceil(rows / BLOCKS) * units <= MOST_UNITS
-    return is_whole and x.size * 2 <= SLOT_BYTES and 1 < devices <= MOST_DEVICES and (devices + 1) * units <= AT_ONCE
+    is_whole = residual.dtype == jnp.bfloat16 and width % UNIT == 0 and 0 < math.ceil(rows / BLOCKS) * units <= MOST_UNITS
+    is_read = 2 * count <= AT_ONCE if is_wide else count == 1 and parts.dtype == jnp.bfloat16
+    return is_whole and is_read and 1 < devices <= MOST_DEVICES
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "offset"))
 def all_reduce_normed(
-    x: BFloat16[Array, "T D"],
+    parts: Float[Array, "S T D"],
     residual: BFloat16[Array, "T D"],
     gain: BFloat16[Array, " D"],
     table: Int32[Array, "1 entries 2"],
-    next_weights: Array | None = None,
     *,
     eps: float,
     offset: float,
 ) -> tuple[BFloat16[Array, "T D"], BFloat16[Array, "T D"]]:
-    """residual plus the sum of x over devices, and the RMS norm of that times (gain + offset).
+    """residual plus the sum of parts, and of that over devices, and the RMS norm of the result times (gain + offset).
 
-    Both sums are added in float32, x in the order of ranks, and rounded once, so that all devices get the same bits; the norm is of
-    the rounded sum.
+    A device adds up its parts one after the other in float32 and rounds their sum, which it sends. Those sums, in the order of ranks,
+    and the residual are added in float32 and rounded once, so that all devices get the same bits; the norm is of the rounded sum.
 
     Args:
-        x: such that can_norm.
+        parts: such that can_norm.
         table: as all_reduce's.
-        next_weights: what will be read soon, of which some is fetched into the cache.
     """
-    devices, (rows, width) = table.shape[1] - 1, x.shape
-    arrays = [x, residual, gain, table.reshape(-1), *([] if next_weights is None else [next_weights])]
+    devices, (rows, width) = table.shape[1] - 1, residual.shape
+    wide_parts = parts.shape[0] if parts.dtype == jnp.float32 else 0
 
     def all_reduce_norm_kernel(*refs: Any) -> None:
-        def body(_: Any, *refs: Any) -> None:
-            x, residual, gain, table, *weights, total, normed, shared = refs
+        def body(_: Any, x: Any, residual: Any, gain: Any, table: Any, total: Any, normed: Any, shared: Any) -> None:
             place = enter(table, devices)
-            for ref in weights:
-                assert next_weights is not None
-                _prefetch(place, address_of(ref), next_weights.nbytes)
+            exchange = Flagless(place, devices)
             with mgpu.when(less(place.block, const(rows))):
-                team = _Team(place, rows, width, devices)
-                words = team.add(address_of(x), address_of(residual), address_of(total))
+                team = _Team(place, rows, width)
+                words = team.add(exchange, address_of(x), wide_parts, address_of(residual), address_of(total))
                 team.norm(words, address_of(gain), address_of(normed), shared, eps, offset)
-            place.leave(1)
+                exchange.end(len(team.offsets) * team.units)
+            with mgpu.when(less(const(rows - 1), place.block)):
+                exchange.clear()
+                exchange.end(0)
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
 
     result: tuple[Array, Array] = plgpu.kernel(
         all_reduce_norm_kernel,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2,
+        out_type=(jax.ShapeDtypeStruct(residual.shape, residual.dtype),) * 2,
         grid=(BLOCKS,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((MOST_UNITS * WARPS,), jnp.float32)],
         compiler_params=plgpu.CompilerParams(),
-    )(*arrays)
+    )(parts, residual, gain, table.reshape(-1))
     return result
 
 
 class _Team:
     """A thread block and its rows: its own number, and each BLOCKS further. Past the last row it does that again: the same bits."""
 
-    def __init__(self, place: Any, rows: int, width: int, devices: int) -> None:
-        self.place, self.width, self.devices = place, width, devices
+    def __init__(self, place: Any, rows: int, width: int) -> None:
+        self.place, self.rows, self.width = place, rows, width
         self.units = width // UNIT
         own = [plus(place.block, const(i * BLOCKS)) for i in range(math.ceil(rows / BLOCKS))]
         column = times(place.thread, 16)
         self.offsets = [plus(times(arith.minui(row, const(rows - 1)), 2 * width), column) for row in own]
         self.column = column
 
-    def add(self, x: Any, residual: Any, total: Any) -> list[list[Words]]:
-        """Stores residual plus all devices' x to total; also gives it, by row and unit, as pairs of bfloat16."""
-        place = self.place
-        count = place.counted(1)
-        slots = slots_of(count, self.devices)
-        mine = [self._load(plus(x, offset)) for offset in self.offsets]
-        for base in place.lent:
-            to = plus(base, slots, times(place.rank, SLOT_BYTES))
-            for offset, row in zip(self.offsets, mine, strict=True):
-                self._store(plus(to, offset), row)
-        place.meet(count)
-        sources = []
-        for rank in range(self.devices):
-            there = plus(place.own, slots, const(rank * SLOT_BYTES))
-            sources.append(arith.select(equal(place.rank, const(rank)), x, there))
+    def add(self, exchange: Flagless, x: Any, wide_parts: int, residual: Any, total: Any) -> list[list[Words]]:
+        """Stores residual plus all devices' x to total; also gives it, by row and unit, as pairs of bfloat16.
+
+        Args:
+            wide_parts: in how many parts x is, of float32; 0 where it is of bfloat16.
+        """
+        for row, offset in enumerate(self.offsets):
+            mine = self._add_parts(x, offset, wide_parts) if wide_parts else self._load(plus(x, offset))
+            exchange.send(mine, row * self.units)
+        exchange.clear()
         sums: list[list[Words]] = []
-        at_once = max(1, AT_ONCE // ((self.devices + 1) * self.units))
-        for first in range(0, len(self.offsets), at_once):
-            offsets = self.offsets[first : first + at_once]
-            loaded = [[self._load(plus(source, offset)) for source in (*sources, residual)] for offset in offsets]
-            for offset, parts in zip(offsets, loaded, strict=True):
-                by_unit = zip(*parts, strict=True)
-                sums.append([[pack(*add_wide(words)) for words in zip(*of_unit, strict=True)] for of_unit in by_unit])
-                self._store(plus(total, offset), sums[-1])
+        for row, offset in enumerate(self.offsets):
+            own, of_row = self._load(plus(residual, offset)), list[Words]()
+            for first in range(0, self.units, exchange.at_once):
+                own_units = own[first : first + exchange.at_once]
+                sources = [*exchange.receive(len(own_units), row * self.units + first), own_units]
+                by_unit = zip(*sources, strict=True)
+                of_row += [[pack(*add_wide(words)) for words in zip(*of_unit, strict=True)] for of_unit in by_unit]
+            self._store(plus(total, offset), of_row)
+            sums.append(of_row)
         return sums
 
     def norm(self, rows: list[list[Words]], gain: Any, normed: Any, shared: Any, eps: float, offset: float) -> None:
@@ -161,6 +142,21 @@ class _Team:
 
             both = zip(row, gains, strict=True)
             self._store(plus(normed, at), [[applied(*pair) for pair in zip(*words, strict=True)] for words in both])
+
+    def _add_parts(self, x: Any, offset: Any, count: int) -> list[Words]:
+        """A row that is in so many parts of float32: their sum in bfloat16, by unit. Offsets are those of bfloat16."""
+        f32, part_bytes = ir.F32Type.get(), 4 * self.rows * self.width
+        first = plus(x, times(offset, 2))
+        parts = [plus(first, const(part * part_bytes)) for part in range(count)]
+        at_once, row = max(1, AT_ONCE // (2 * count)), list[Words]()
+        for begin in range(0, self.units, at_once):
+            starts = [2 * UNIT_BYTES * unit for unit in range(begin, min(begin + at_once, self.units))]
+            loaded = [[[*load_16(part, start), *load_16(part, start + 16)] for part in parts] for start in starts]
+            for of_unit in loaded:
+                columns = zip(*of_unit, strict=True)
+                sums = [functools.reduce(arith.addf, (arith.bitcast(f32, word) for word in column)) for column in columns]
+                row.append([pack(*sums[i : i + 2]) for i in range(0, 8, 2)])
+        return row
 
     def _load(self, address: Any) -> list[Words]:
         return [load_16(address, unit * UNIT_BYTES) for unit in range(self.units)]
@@ -191,16 +187,3 @@ class _Team:
 def _sum_of_squares(row: Sequence[Words]) -> Any:
     numbers = [number for words in row for word in words for number in widen(word)]
     return functools.reduce(arith.addf, (arith.mulf(number, number) for number in numbers))
-
-
-def _prefetch(place: Any, weights: Any, size: int) -> None:
-    """Asks for the beginning of each stretch of the weights; nobody waits for it. By a warp that raises no flags."""
-    piece = min(PREFETCHED_BYTES, size) // (STRETCHES * BLOCKS) // 16 * 16
-    i32 = ir.IntegerType.get_signless(32)
-    if piece:
-        first = plus(weights, times(place.block, piece))
-        for stretch in range(STRETCHES):
-            at = plus(first, const(size // STRETCHES // 16 * 16 * stretch))
-            is_asking = equal(place.thread, const(THREADS - 32))
-            ptx = "cp.async.bulk.prefetch.L2.global [$0], $1;"
-            utils.inline_ptx(ptx, at, mgpu.c(piece, i32), predicate=is_asking, has_side_effects=True)

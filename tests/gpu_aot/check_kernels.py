@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bench.kernels.compile import VARIANTS, build
 from jaxserve.compiling import compile_program
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
+from jaxserve.pallas_kernels.collectives import all_reduce_normed
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
@@ -95,6 +96,29 @@ def test_sums_with_their_norm_spill_nothing(parts: int, num_rows: int, width: in
         jax.jit(partial(add_and_normalize, eps=1e-5, offset=0.0, rounds=rounds)).lower(*arguments).compile()
     found = spilled("".join(capfd.readouterr()))
     assert len(found) == 2 and max(found) == 0
+
+
+@pytest.mark.parametrize(
+    "count, num_rows, width", [(1, 256, 4096), (8, 64, 4096), (8, 192, 4096), (4, 128, 8192), (16, 192, 2048)]
+)
+def test_sums_over_devices_with_their_norm_spill_nothing(
+    count: int, num_rows: int, width: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mesh = Mesh(np.array(open_target("gpu:h100:2").devices), ("model",))
+    cut, whole = PartitionSpec("model"), PartitionSpec()
+
+    def array(spec: PartitionSpec, *shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def add(parts: Any, residual: Any, gain: Any, table: Any) -> Any:
+        return all_reduce_normed(parts, residual, gain, table, "model", eps=1e-5, offset=0.0)
+
+    parts = array(cut, 2 * count, num_rows, width, dtype=jnp.float32 if count > 1 else jnp.bfloat16)
+    arguments = parts, array(whole, num_rows, width), array(whole, width), array(cut, 2, 3, 2, dtype=jnp.int32)
+    specs = {"mesh": mesh, "in_specs": (cut, whole, whole, cut), "out_specs": whole, "check_vma": False}
+    jax.jit(jax.shard_map(add, **specs)).lower(*arguments).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert len(found) == 1 and max(found) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 8, 6, 128), (8192, 8, 4, 128), (64, 2, 9, 64), (16, 1, 3, 256)], ids=str)

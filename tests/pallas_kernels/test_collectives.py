@@ -93,20 +93,30 @@ def test_the_kernel_sums_on_gpus(shape: tuple[int, ...]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs two GPUs")
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 4096), (256, 4096), (100, 1024), (64, 8192)])
-def test_the_kernel_sums_and_norms_on_gpus(shape: tuple[int, int]) -> None:
-    """Ten in a row, each of the one before; between them other kernels' sums, which share slots and flags."""
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_kernel_sums_and_norms_on_gpus(shape: tuple[int, int], count: int) -> None:
+    """Ten in a row, each of the one before, with fewer rows between them and other kernels' sums: all share what is lent."""
     mesh = make_mesh(DEVICES)
     lent, table = lend(mesh)
     x = jax.random.normal(jax.random.key(1), (DEVICES, *shape), jnp.bfloat16)
-    gain, weights = jax.random.normal(jax.random.key(2), shape[1:], jnp.bfloat16), jnp.ones((shape[1], 6144), jnp.bfloat16)
+    gain = jax.random.normal(jax.random.key(2), shape[1:], jnp.bfloat16)
+
+    def parts_of(x: jax.Array) -> jax.Array:
+        """Float32 numbers that are all different and add up to x; x itself where there is one part."""
+        wide = x.astype(jnp.float32)
+        parts = [wide * 2.0 ** -(1 + i) for i in range(count - 1)]
+        return x[None] if count == 1 else jnp.stack([*parts, wide - sum(parts)])
 
     def sums(x: jax.Array, table: jax.Array, *, by_kernel: bool) -> tuple[jax.Array, ...]:
         peers = table if by_kernel else None
         total = normed = jnp.zeros_like(x[0])
-        how: Any = {"eps": 1e-5, "offset": 1.0, "next_weights": weights}
+        how: Any = {"eps": 1e-5, "offset": 1.0}
         for _ in range(10):
-            total, normed = all_reduce_normed(x[0] + normed, total / 2, gain, peers, MODEL_AXIS, **how)
+            total, normed = all_reduce_normed(parts_of(x[0] + normed), total / 2, gain, peers, MODEL_AXIS, **how)
             normed += all_reduce(jnp.ones((16, 1024), jnp.bfloat16), peers, MODEL_AXIS)[0, 0]
+            few = x[:, :3, :1024] * (jnp.arange(1024) % 4 > 1)  # many words are 0
+            others = all_reduce_normed(few, jnp.zeros_like(few[0]), gain[:1024], peers, MODEL_AXIS, **how)
+            normed = normed.at[: few.shape[1], :1024].add(others[1])
         return total, normed
 
     specs = {"mesh": mesh, "in_specs": (P(MODEL_AXIS), P(MODEL_AXIS)), "out_specs": P(), "check_vma": False}
