@@ -14,6 +14,11 @@ from tests.goldens import cases
 from tests.test_layout import ROOT, imports, sources
 
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch", "runpy", "code"}
+# file -> what it unpickles, which nobody else can write
+MAY_UNPICKLE = {
+    "jaxserve/tracing_child.py": "a pipe of the process that has started it",
+    "jaxserve/tracing_processes.py": "a pipe of a process that it has started",
+}
 OPENS_ADDRESSES = {
     "requests",
     "httpx",
@@ -42,7 +47,8 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 def test_nothing_runs_what_it_reads() -> None:
     for path in sources():
-        found = {name.split(".")[0] for name in imports(path)} & RUNS_CODE
+        allowed = {"pickle"} if path.relative_to(ROOT).as_posix() in MAY_UNPICKLE else set()
+        found = {name.split(".")[0] for name in imports(path)} & RUNS_CODE - allowed
         assert not found, f"{path} imports {found}"
         for name, call in calls(path):
             assert name not in ("eval", "exec", "compile", "__import__", "yaml.load", "os.system", "os.popen"), (
