@@ -149,7 +149,8 @@ class Build:
 
     def compile(self, on_progress: Progress | None) -> Programs:
         # Programs for devices that are not there are compiled to see what each takes: not more at once than there are cores.
-        threads = 8 if self.device_memory is None else min(os.cpu_count() or 1, 8)
+        cores = os.cpu_count() or 1
+        threads = max(cores, 8) if self.device_memory is None else min(cores, 8)
         arguments = self.inputs(), self.model.apply, self.runtime, on_progress
         traces = self._traces()
         return compile_programs(*arguments, traces=traces, threads=threads, find_tracers=self._tracers(traces))
