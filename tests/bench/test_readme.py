@@ -53,13 +53,19 @@ def last_run(file: Path, name: str) -> float:
     return [figure(run["cases"][name]) for run in runs if name in run["cases"] and "kv_cache_dtype" not in run["options"]][-1]
 
 
+def seconds_to_ready(name: str) -> float:
+    start = json.loads((RESULTS / "startup_h100.json").read_text())["starts"][name]
+    return float(start["ready_at_s"] if "ready_at_s" in start else start["import_s"] + start["engine_start_s"])
+
+
 def test_one_gpu() -> None:
     vllm = json.loads(plot.VLLM.read_text())["cases"]
     read, model = set(), ""
     for label, ours, theirs, floor in rows("| | jaxserve | vLLM 0.26 |"):
         names = next((names for pattern, names in CASES.items() if re.search(f"(?:{pattern})$", label)), None)
         if names is None:
-            assert label.startswith("seconds to ready")
+            which = "empty cache" if label.startswith("seconds to ready, first start") else "second"
+            assert_reads(ours, [seconds_to_ready(f"{dtype}, {which}") for dtype in ("bf16", "fp8")], label)
             continue
         if not label.startswith("same"):
             model = re.sub(r",.*| as", "", label).lower()
