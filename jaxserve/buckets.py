@@ -9,6 +9,8 @@ from functools import cached_property
 from jaxserve.models.cache_layout import Reach
 from jaxserve.plan import PlanShape
 
+GPU_MIDDLE_TOKENS = 1024  # of a mixed step
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -86,19 +88,29 @@ def choose_buckets(
     reaches: Sequence[Reach] = (Reach(),),
 ) -> Buckets:
     """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
-    smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
     # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
     decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
     samples = {decode[0], max_num_seqs} if platform == "cpu" else {decode[0], *decode[-2:]}
     return Buckets(
         decode=decode,
-        tokens=_geometric(max_num_batched_tokens, smallest, 4)[-3:],
+        tokens=_token_sizes(platform, max_num_seqs, max_num_batched_tokens),
         samples=tuple(sorted(samples)),
         block=1 if platform == "cpu" else decode[-2:][0],
         pages_per_slot=pages_per_slot,
         page_size=page_size,
         column_pages=tuple(r.max_pages(pages_per_slot * page_size, page_size, max_num_batched_tokens) for r in reaches),
     )
+
+
+def _token_sizes(platform: str, max_num_seqs: int, largest: int) -> tuple[int, ...]:
+    """Tokens of mixed steps: three sizes at most."""
+    if platform != "gpu":
+        smallest = max(32 if platform == "cpu" else 256, max_num_seqs + 1)  # as many tokens as requests would mean decode
+        return _geometric(largest, smallest, 4)[-3:]
+    # Best of some in the simulator, for all requests at once and as they come: all requests' tokens and few of prompts; about
+    # where arithmetic begins to take longer than reading the weights; all.
+    few = (max_num_seqs // 128 + 1) * 128
+    return tuple(size for size in dict.fromkeys((few, GPU_MIDDLE_TOKENS)) if max_num_seqs < size <= largest // 2) + (largest,)
 
 
 def _geometric(largest: int, smallest: int, factor: int) -> tuple[int, ...]:

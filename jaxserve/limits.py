@@ -20,7 +20,7 @@ class Limits:
     token_sizes: tuple[int, ...] = ()
 
     def token_budget(self, least: int, wanted: int) -> int:
-        """Tokens that a step should have at most: as many as a program has that they fill by half.
+        """Tokens that a step should have at most: as many as a program has that they fill by three quarters.
 
         A step just past a program's size would pay for the next one, mostly for padding; what is over waits for the next step.
 
@@ -31,6 +31,6 @@ class Limits:
         smaller = 0
         for size in self.token_sizes:
             if wanted <= size:
-                return smaller if 2 * wanted < size and smaller >= max(least, 1) else size
+                return smaller if 4 * wanted < 3 * size and smaller >= max(least, 1) else size
             smaller = size
         return self.max_num_batched_tokens

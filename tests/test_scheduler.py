@@ -89,7 +89,8 @@ def test_a_step_is_cut_to_a_program_that_it_fills() -> None:
     limits = Limits(8, max_num_batched_tokens=8192, max_page_updates=64, token_sizes=(512, 2048, 8192))
     assert limits.token_budget(256, 500) == 512
     assert limits.token_budget(256, 556) == 512, "2,048 would be three quarters padding"
-    assert limits.token_budget(256, 1024) == 2048
+    assert limits.token_budget(256, 1600) == 2048
+    assert limits.token_budget(256, 1500) == 512, "more than a quarter of 2,048 would be padding"
     assert limits.token_budget(256, 4000) == 2048
     assert limits.token_budget(513, 556) == 2048, "what must run does not fit the smaller one"
     assert limits.token_budget(1, 100_000) == 8192

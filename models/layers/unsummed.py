@@ -144,14 +144,14 @@ def add_product(
 def split_count(rows: int, inputs: int, outputs: int) -> int:
     """In how many parts a product of few rows is cut along its inputs, so that all multiprocessors read weights.
 
-    Found by what XLA does itself with tiles of 128 outputs: two tiles a multiprocessor where parts have 512 inputs, one where they
-    have 256.
+    With tiles of 128 outputs, a tile a multiprocessor is best where parts have 256 inputs, and two where they have 1,536
+    (bench/kernels/split_products.py).
     """
     tiles, count = -(-outputs // 128), 1
     if rows >= MANY_ROWS:
         return 1
     while inputs % (32 * count) == 0 and inputs // (2 * count) >= 256:
-        most = MULTIPROCESSORS * (2 if inputs // (2 * count) >= 512 else 1)
+        most = MULTIPROCESSORS * (2 if inputs // (2 * count) >= 1536 else 1)
         if 2 * count * tiles > most:
             break
         count *= 2

@@ -16,6 +16,10 @@ BLOCK = 64  # tokens of K and V that decode handles at once; splits and windows 
 WORKERS = 132  # multiprocessors of an H100 or H200; each has two of decode's workers
 MANY_ROUNDS = 16  # prefill items a multiprocessor from which locality counts for more than an even end
 TILE = 128  # query tokens of one prefill work item
+MANY_SPLITS = (
+    8  # of a row, behind which what is left, up to a quarter of a split, is part of the last one: as an item of its own it
+)
+JOINED = 4  # takes longer to fetch than to read. Behind fewer it would cost too much where rows share whole splits
 ALIGN = 8  # a tile starts at a multiple of it in the packed queries, as bulk copies want
 
 
@@ -31,7 +35,7 @@ class DecodePlan:
     Attributes:
         items: row, first token, last token + 1, split, splits of the row, first visible token, start, rows: an item of several
             rows, whose pages of this split are the same, has them in shared_rows[start:start + rows]. Whole splits come
-            first and the remainders follow by falling size: workers take them in this order and end at about the same time.
+            first and each row's last one follows by falling size: workers take them in this order and end at about the same time.
         num_items: how many items are in use.
         arrivals: zeros; a row's kv head counts its finished splits here, and its last one sets it back to 0. The last number
             counts the items that were taken.
@@ -104,7 +108,8 @@ def plan_decode(
     origin = visible // BLOCK * BLOCK
     span = length - origin
     size = jnp.maximum(split, -(-span // (limit * BLOCK)) * BLOCK)
-    whole = span // size
+    joined = jnp.where(span >= MANY_SPLITS * size, size // JOINED, 0)
+    whole = (span - joined) // size
     tail = span - whole * size
     has_tail = (tail > 0) | ((span == 0) & fill)
     count = whole + has_tail
@@ -135,7 +140,7 @@ def plan_decode(
     start, rows = (0 * r, 0 * r) if shared is None else (shared.start[r, s], jnp.where(is_whole, shared.size[r, s], 1))
     s = jnp.where(is_whole, s, whole[r])
     first = origin[r] + s * size[r]
-    last = jnp.minimum(first + size[r], length[r])
+    last = jnp.where(is_whole, first + size[r], length[r])
     items = jnp.stack([r, first, last, s, count[r], visible[r], start, rows], axis=1).astype(jnp.int32)
     num_items = num_whole + jnp.sum(has_tail)
     # Not a constant: the kernels write to it, so the compiler must not share it with other zeros.

@@ -40,7 +40,7 @@ def test_every_part_of_the_cost_counts() -> None:
     """A prompt of 100 tokens, padded to the program's 256, then two decode steps of 8 rows, the smallest program."""
     cost = replace(STEPS_ONLY, row_us=10, token_us=2, context_us=3, pair_us=0.5)
     report = simulate([request(0, 100, 3)], cost)
-    prefill = 1000 + 2 * 256 + 3 * 100 + 0.5 * (100 * 101 / 2)
+    prefill = 1000 + 2 * 128 + 3 * 100 + 0.5 * (100 * 101 / 2)
     decodes = [1000 + 10 * 8 + 3 * 101, 1000 + 10 * 8 + 3 * 102]
     assert report.ttft_ms.mean == pytest.approx(prefill / 1e3)
     assert report.seconds == pytest.approx((prefill + sum(decodes)) / 1e6)
