@@ -31,7 +31,9 @@ def gpu_buckets() -> Buckets:
 def test_buckets_are_a_short_list() -> None:
     buckets = gpu_buckets()
     assert buckets.decode == (16, 64, 256)
-    assert buckets.tokens[-1] == 8192
+    assert buckets.tokens == (384, 1024, 8192), "all requests' tokens and few of prompts; a middle; all"
+    assert choose_buckets("gpu", 256, 512, pages_per_slot=512, page_size=16).tokens == (512,)
+    assert choose_buckets("gpu", 1024, 2048, pages_per_slot=512, page_size=16).tokens == (2048,)
     assert len(buckets.shapes) <= 10
     assert set(buckets.samples) >= {256}
 

@@ -16,10 +16,9 @@ BLOCK = 64  # tokens of K and V that decode handles at once; splits and windows 
 WORKERS = 132  # multiprocessors of an H100 or H200; each has two of decode's workers
 MANY_ROUNDS = 16  # prefill items a multiprocessor from which locality counts for more than an even end
 TILE = 128  # query tokens of one prefill work item
-MANY_SPLITS = (
-    8  # of a row, behind which what is left, up to a quarter of a split, is part of the last one: as an item of its own it
-)
-JOINED = 4  # takes longer to fetch than to read. Behind fewer it would cost too much where rows share whole splits
+# What is left of a row behind so many whole splits, if it is below a quarter of one, is part of the last: as an item of its own it takes
+# longer to fetch than to read. Behind fewer splits that would cost too much where rows share them.
+MANY_SPLITS, JOINED = 8, 4
 ALIGN = 8  # a tile starts at a multiple of it in the packed queries, as bulk copies want
 
 

@@ -49,7 +49,7 @@ def quantize_gated(
 ) -> tuple[Float[Array, "T F"], Float[Array, " T"]]:
     """See reference.quantize_gated."""
     num_rows, _, width = up.shape
-    config = config or choose_config(num_rows, width, most_rows=2, most_blocks=2)
+    config = config or choose_config(num_rows, width, most_rows=2)
 
     def gate_quantize(up: Any, row_scales: Any, up_scales: Any, values: Any, scales: Any, *shared: Any) -> None:
         team = Team(config, width, shared)

@@ -16,12 +16,11 @@ WARPS = 4  # of a warpgroup
 Combine = Literal["add", "max"]
 
 
-def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: Combine, vector_size: int, blocks: int) -> None:
+def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: Combine, vector_size: int) -> None:
     """Stores the sum or the largest of what each warp has of x, a warpgroup's, to parts[first + warp] in shared memory.
 
     Args:
         x: [n] in float32, `vector_size` neighbouring numbers a thread.
-        blocks: of the cluster, in the memory of all of which it is stored.
     """
     f32 = ir.F32Type
 
@@ -36,19 +35,7 @@ def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: Combin
         warp, lane = arith.divui(thread, mgpu.c(32, i32)), arith.remui(thread, mgpu.c(32, i32))
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(0, i32))):
             at = arith.addi(first.registers.item(), warp)
-            place = mgpu.getelementptr(mgpu.memref_ptr(parts), [at], f32.get())
-            for block in range(blocks):
-                llvm.store(total, place if blocks == 1 else mgpu.get_cluster_ptr(place, mgpu.c(block, i32)))
+            llvm.store(total, mgpu.getelementptr(mgpu.memref_ptr(parts), [at], f32.get()))
 
     types = (plgpu.Layout.WG_STRIDED(x.shape, vec_size=vector_size), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()))
     plgpu.inline_mgpu(arg_types=types)(put)(x, parts, first)
-
-
-def wait_for_cluster() -> None:
-    """Waits for all threads of the cluster, whose stores to each other's shared memory are then seen."""
-
-    def wait(ctx: Any) -> None:
-        for step in ("arrive.release", "wait.acquire"):
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], f"barrier.cluster.{step};", "~{memory}", has_side_effects=True)
-
-    plgpu.inline_mgpu()(wait)()

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jaxtyping import Array
 
-from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu_registers import WARPS, Combine, store_warp_parts, wait_for_cluster
+from jaxserve.pallas_kernels.quantized_rows.mosaic_gpu_registers import WARPS, Combine, store_warp_parts
 from jaxserve.pallas_kernels.quantized_rows.reference import E4M3, scale_of
 
 plgpu: Any = _mosaic_gpu  # not typed
@@ -23,7 +23,6 @@ plgpu: Any = _mosaic_gpu  # not typed
 THREADS = 128  # of a warpgroup
 MOST = {4: 56, 2: 96, 1: 96}  # numbers of a row that a thread keeps at most, by warpgroups: they share the registers
 FEW_ROWS = 264  # up to which every row has a thread block of its own: two for each multiprocessor
-VERY_FEW_ROWS = 66  # up to which two thread blocks share one, each on a multiprocessor of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +33,18 @@ class Config:
         warpgroups: of a thread block.
         vector: neighbouring numbers that a thread has.
         rows: of a thread block.
-        blocks: that share the rows: a cluster.
     """
 
     warpgroups: int
     vector: int
     rows: int
-    blocks: int = 1
 
 
-def choose_config(num_rows: int, width: int, most_rows: int = 1, most_blocks: int = 1) -> Config:
+def choose_config(num_rows: int, width: int, most_rows: int = 1) -> Config:
     """As few numbers a thread as up to four warpgroups allow.
 
     Args:
         most_rows: of a thread block, which then reads what all rows share once.
-        most_blocks: 2 where a row is so much work that it is worth it, while there are few, to share it.
 
     Raises:
         NotImplementedError: for a width that does not spread evenly over the threads, or too wide a one.
@@ -56,10 +52,6 @@ def choose_config(num_rows: int, width: int, most_rows: int = 1, most_blocks: in
     fits = [(w, v) for w in MOST for v in (4, 2) if width % (w * v * THREADS) == 0 and width <= w * MOST[w] * THREADS]
     if not fits:
         raise NotImplementedError(f"such rows are a multiple of 256 wide, {4 * MOST[4] * THREADS} at most; got {width}")
-    if num_rows <= VERY_FEW_ROWS and most_blocks == 2:
-        for warpgroups, vector in fits:
-            if warpgroups == 4 and width % (2 * warpgroups * vector * THREADS) == 0:
-                return Config(warpgroups, vector, rows=1, blocks=2)
     warpgroups, vector = fits[0]
     is_small = width * most_rows <= warpgroups * MOST[4] * THREADS
     return Config(warpgroups, vector, most_rows if is_small and num_rows > FEW_ROWS and num_rows % most_rows == 0 else 1)
@@ -81,13 +73,11 @@ def run(body: Callable[..., None], inputs: tuple[Array, ...], out_type: tuple[An
         out_type=out_type,
         grid=(out_type[0].shape[0] // config.rows,),
         grid_names=("block",),
-        cluster=(config.blocks,) if config.blocks > 1 else (),
-        cluster_names=("peer",) if config.blocks > 1 else (),
         num_threads=config.warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         scratch_types=[
-            plgpu.SMEM((exchanges * config.rows * config.blocks * config.warpgroups * WARPS,), jnp.float32),
+            plgpu.SMEM((exchanges * config.rows * config.warpgroups * WARPS,), jnp.float32),
             plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=exchanges),
         ],
     )(*inputs)
@@ -98,10 +88,8 @@ class Team:
 
     def __init__(self, config: Config, width: int, shared: tuple[Any, ...]) -> None:
         self.config = config
-        self.part = width // config.warpgroups // config.blocks
+        self.part = width // config.warpgroups
         self.wg = lax.axis_index("wg")
-        if config.blocks > 1:
-            self.wg += lax.axis_index("peer") * config.warpgroups  # among those of the cluster
         first = lax.axis_index("block") * config.rows
         self.rows = [first + i for i in range(config.rows)]
         self.parts, self.barriers = shared
@@ -120,15 +108,11 @@ class Team:
     def exchange(self, own: list[jax.Array], combine: Combine) -> list[jax.Array]:
         """What the numbers of each row come to, from those of all warps. Mosaic's reductions would do for one warpgroup alone."""
         i, self.exchanges = self.exchanges, self.exchanges + 1
-        warps = WARPS * self.config.warpgroups * self.config.blocks
+        warps = WARPS * self.config.warpgroups
         for row, numbers in enumerate(own):
-            first = (i * len(own) + row) * warps + self.wg * WARPS
-            store_warp_parts(numbers, self.parts, first, combine, self.config.vector, self.config.blocks)
-        if self.config.blocks > 1:
-            wait_for_cluster()
-        else:
-            plgpu.barrier_arrive(self.barriers.at[i])
-            plgpu.barrier_wait(self.barriers.at[i])
+            store_warp_parts(numbers, self.parts, (i * len(own) + row) * warps + self.wg * WARPS, combine, self.config.vector)
+        plgpu.barrier_arrive(self.barriers.at[i])
+        plgpu.barrier_wait(self.barriers.at[i])
         parts = [[self.parts[(i * len(own) + row) * warps + warp] for warp in range(warps)] for row in range(len(own))]
         return [functools.reduce(jnp.add if combine == "add" else jnp.maximum, of_row) for of_row in parts]
 

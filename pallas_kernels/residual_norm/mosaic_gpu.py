@@ -28,7 +28,7 @@ def add_and_normalize(
         NotImplementedError: for widths that choose_config refuses.
     """
     width = residual.shape[1]
-    sizes = config or choose_config(residual.shape[0], width, most_blocks=min(parts.shape[0], 2))
+    sizes = config or choose_config(*residual.shape)
     scaling = () if row_scales is None or scales is None else (row_scales, scales)
 
     def add_norm(residual: Any, parts: Any, gain: Any, *rest: Any) -> None:

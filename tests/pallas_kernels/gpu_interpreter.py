@@ -213,7 +213,7 @@ def turn_token(
         pool[slot // pool.shape[1], slot % pool.shape[1]] = both.reshape(pool.shape[2:]).astype(pool.dtype)
 
 
-def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: str, vector_size: int, blocks: int) -> None:
+def store_warp_parts(x: jax.Array, parts: Any, first: jax.Array, combine: str, vector_size: int) -> None:
     of_warps = x.reshape(-1, 4, 32 * vector_size)
     found = jnp.sum(of_warps, (0, 2)) if combine == "add" else jnp.max(of_warps, (0, 2))
     for warp in range(4):

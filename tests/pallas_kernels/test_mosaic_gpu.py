@@ -71,6 +71,13 @@ def test_a_very_long_row_has_longer_splits_and_not_more() -> None:
     assert longest == {0: 256, 1: 256, 2: 256, 3: 2_368}  # 17 splits at most
 
 
+def test_a_little_behind_many_splits_joins_the_last_one() -> None:
+    lens = [8 * 256 + 63, 8 * 256 + 64, 7 * 256 + 63]
+    items = decode_items(lens, 3, max_len=4096, split=256, fill=False)
+    sizes = [[last - first for r, first, last, *_ in items if r == row] for row in range(3)]
+    assert sizes == [[256] * 7 + [319], [256] * 8 + [64], [256] * 7 + [63]]
+
+
 def test_a_row_is_cut_alike_in_any_batch() -> None:
     def cut(lens: list[int]) -> list[list[int]]:
         items = decode_items(lens, len(lens), max_len=8192)

@@ -49,7 +49,7 @@ def prefix_tables(rng: np.random.Generator, lens: list[int]) -> np.ndarray:
 
 
 def joined(length: int) -> int:
-    """Up to how many tokens behind whole splits belong to the last one."""
+    """Below how many tokens what is left behind whole splits belongs to the last one."""
     return SPLIT // JOINED if length >= MANY_SPLITS * SPLIT else 0
 
 
