@@ -63,10 +63,13 @@ def tracing_processes(build: Build, tracers: Tracers, untraced: int) -> Iterator
     if untraced < _WORTH_IT or count < 2 or not sys.executable:
         yield
         return
-    order = pickle.dumps(order_for(build))
     with ExitStack() as processes:
-        for _ in range(count):
-            processes.callback(_TracingProcess([sys.executable, *_CHILD], order, tracers).end)
+        try:
+            order = pickle.dumps(order_for(build))
+            for _ in range(count):
+                processes.callback(_TracingProcess([sys.executable, *_CHILD], order, tracers).end)
+        except (OSError, pickle.PicklingError, AttributeError, TypeError) as error:  # pickle raises all of the last three
+            log.warning("programs are traced here alone, which takes longer: %s", error)
         yield
 
 

@@ -91,3 +91,17 @@ def test_processes_are_for_many_programs_and_cores(
     with tracing_processes.tracing_processes(build, SimpleQueue(), untraced):
         assert len(begun) == count
     assert not begun
+
+
+def test_a_start_goes_on_without_processes(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(command: list[str], **options: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    tracers: Tracers = SimpleQueue()
+    with tracing_processes.tracing_processes(build, tracers, 14):
+        assert tracers.empty()
+    assert "no memory" in caplog.text
