@@ -15,6 +15,7 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import scf as _scf
 from jaxtyping import Array, Float32, Int32
 
+from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import slots_end as slots_at
 from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     BLOCKS,
     MOST_DEVICES,
@@ -29,7 +30,6 @@ from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     store_16,
     times,
 )
-from jaxserve.pallas_kernels.collectives.mosaic_gpu_flagless import flagless_end as slots_at
 
 scf: Any = _scf  # not typed as it is
 
@@ -46,7 +46,7 @@ def can_gather(x: jax.Array, devices: int) -> bool:
 def all_gather(x: Float32[Array, "S P"], table: Int32[Array, "1 entries 2"]) -> Float32[Array, "S V"]:
     """The devices' columns side by side, in the order of ranks.
 
-    Slot i, behind those of the all-reduces, is that of the sender whose rank is i + 1 above the receiver's, round and round. Two
+    Slot i, behind those of the all-reduce, is that of the sender whose rank is i + 1 above the receiver's, round and round. Two
     exchanges, the second of which says that slots are free.
 
     Args:

@@ -1,4 +1,7 @@
-"""Products in parts, all-reduce, the residual stream and an RMS norm in one kernel. A thread block has whole rows, so it can norm them."""
+"""Products in parts, all-reduce, the residual stream and an RMS norm in one kernel.
+
+A thread block has whole rows, so it can norm what it has added up. Exchanges, slots and flags are those of mosaic_gpu_all_reduce.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import UNIT, UNIT_BYTES, add_wide, pack, widen
+from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import (
+    MOST_UNITS,
+    SLOT_BYTES,
+    UNIT,
+    UNIT_BYTES,
+    add_wide,
+    pack,
+    slots_of,
+    widen,
+)
 from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     BLOCKS,
+    MOST_DEVICES,
     THREADS,
     address_of,
     const,
@@ -30,7 +43,6 @@ from jaxserve.pallas_kernels.collectives.mosaic_gpu_exchange import (
     times,
     utils,
 )
-from jaxserve.pallas_kernels.collectives.mosaic_gpu_flagless import MOST_DEVICES, MOST_UNITS, Flagless
 
 AT_ONCE = 40  # loads of 16 bytes that a thread has under way at most: they are in registers
 WARPS = THREADS // 32
@@ -38,12 +50,13 @@ Words = Sequence[Any]
 
 
 def can_norm(parts: jax.Array, residual: jax.Array, devices: int) -> bool:
-    """Whether the kernel serves the shapes: few bfloat16 rows of whole units; few parts in float32, or one in bfloat16."""
+    """Whether the kernel serves the shapes: bfloat16 rows of whole units, few enough of them for a slot; few parts in float32, or one."""
     (rows, width), count, is_wide = residual.shape, parts.shape[0], parts.dtype == jnp.float32
     units = width // UNIT
     is_whole = residual.dtype == jnp.bfloat16 and width % UNIT == 0 and 0 < math.ceil(rows / BLOCKS) * units <= MOST_UNITS
     is_read = 2 * count <= AT_ONCE if is_wide else count == 1 and parts.dtype == jnp.bfloat16
-    return is_whole and is_read and 1 < devices <= MOST_DEVICES
+    fits = residual.size * 2 <= SLOT_BYTES and (devices + 1) * units <= AT_ONCE
+    return is_whole and is_read and fits and 1 < devices <= MOST_DEVICES
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "offset"))
@@ -71,15 +84,11 @@ def all_reduce_normed(
     def all_reduce_norm_kernel(*refs: Any) -> None:
         def body(_: Any, x: Any, residual: Any, gain: Any, table: Any, total: Any, normed: Any, shared: Any) -> None:
             place = enter(table, devices)
-            exchange = Flagless(place, devices)
             with mgpu.when(less(place.block, const(rows))):
-                team = _Team(place, rows, width)
-                words = team.add(exchange, address_of(x), wide_parts, address_of(residual), address_of(total))
+                team = _Team(place, rows, width, devices)
+                words = team.add(address_of(x), wide_parts, address_of(residual), address_of(total))
                 team.norm(words, address_of(gain), address_of(normed), shared, eps, offset)
-                exchange.end(len(team.offsets) * team.units)
-            with mgpu.when(less(const(rows - 1), place.block)):
-                exchange.clear()
-                exchange.end(0)
+            place.leave(1)
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
 
@@ -97,34 +106,40 @@ def all_reduce_normed(
 class _Team:
     """A thread block and its rows: its own number, and each BLOCKS further. Past the last row it does that again: the same bits."""
 
-    def __init__(self, place: Any, rows: int, width: int) -> None:
-        self.place, self.rows, self.width = place, rows, width
+    def __init__(self, place: Any, rows: int, width: int, devices: int) -> None:
+        self.place, self.rows, self.width, self.devices = place, rows, width, devices
         self.units = width // UNIT
         own = [plus(place.block, const(i * BLOCKS)) for i in range(math.ceil(rows / BLOCKS))]
         column = times(place.thread, 16)
         self.offsets = [plus(times(arith.minui(row, const(rows - 1)), 2 * width), column) for row in own]
         self.column = column
 
-    def add(self, exchange: Flagless, x: Any, wide_parts: int, residual: Any, total: Any) -> list[list[Words]]:
+    def add(self, x: Any, wide_parts: int, residual: Any, total: Any) -> list[list[Words]]:
         """Stores residual plus all devices' x to total; also gives it, by row and unit, as pairs of bfloat16.
 
         Args:
             wide_parts: in how many parts x is, of float32; 0 where it is of bfloat16.
         """
-        for row, offset in enumerate(self.offsets):
-            mine = self._add_parts(x, offset, wide_parts) if wide_parts else self._load(plus(x, offset))
-            exchange.send(mine, row * self.units)
-        exchange.clear()
+        place = self.place
+        count = place.counted(1)
+        slots = slots_of(count, self.devices)
+        # Parts row by row, as there may be many; what needs no sum is loaded at once.
+        added = (self._add_parts(x, offset, wide_parts) for offset in self.offsets)
+        rows = added if wide_parts else [self._load(plus(x, offset)) for offset in self.offsets]
+        for offset, row in zip(self.offsets, rows, strict=True):
+            for base in (*place.lent, place.own):
+                self._store(plus(base, slots, times(place.rank, SLOT_BYTES), offset), row)
+        place.meet(count)
+        sources = [plus(place.own, slots, const(rank * SLOT_BYTES)) for rank in range(self.devices)]
         sums: list[list[Words]] = []
-        for row, offset in enumerate(self.offsets):
-            own, of_row = self._load(plus(residual, offset)), list[Words]()
-            for first in range(0, self.units, exchange.at_once):
-                own_units = own[first : first + exchange.at_once]
-                sources = [*exchange.receive(len(own_units), row * self.units + first), own_units]
-                by_unit = zip(*sources, strict=True)
-                of_row += [[pack(*add_wide(words)) for words in zip(*of_unit, strict=True)] for of_unit in by_unit]
-            self._store(plus(total, offset), of_row)
-            sums.append(of_row)
+        at_once = max(1, AT_ONCE // ((self.devices + 1) * self.units))
+        for first in range(0, len(self.offsets), at_once):
+            offsets = self.offsets[first : first + at_once]
+            loaded = [[self._load(plus(source, offset)) for source in (*sources, residual)] for offset in offsets]
+            for offset, parts in zip(offsets, loaded, strict=True):
+                by_unit = zip(*parts, strict=True)
+                sums.append([[pack(*add_wide(words)) for words in zip(*of_unit, strict=True)] for of_unit in by_unit])
+                self._store(plus(total, offset), sums[-1])
         return sums
 
     def norm(self, rows: list[list[Words]], gain: Any, normed: Any, shared: Any, eps: float, offset: float) -> None:

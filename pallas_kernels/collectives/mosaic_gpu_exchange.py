@@ -1,7 +1,7 @@
 """How thread blocks of kernels on several GPUs meet: where the others' lent memory lies, flags, and 16-byte loads and stores.
 
-Lent memory begins with FLAG_BYTES for each block: a word for each device, which that device raises, whose turn it is among the buffers
-of mosaic_gpu_flagless, and the block's own count of exchanges with flags. Every kernel has BLOCKS blocks and counts in all of them alike.
+Lent memory begins with FLAG_BYTES for each block: a word for each device, which that device raises, and the block's own count. Every
+kernel has BLOCKS blocks and counts in all of them alike.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ plgpu: Any = _mosaic_gpu
 BLOCKS = 64
 THREADS = 128  # of a block
 FLAG_BYTES = 128
-MOST_DEVICES = FLAG_BYTES // 4 - 2
-_TURN, _COUNT = 0, 1
+MOST_DEVICES = FLAG_BYTES // 4 - 1
 PATIENCE = 1 << 24  # reads of a flag, some ten seconds; then the kernel traps instead of waiting for ever
 
 
@@ -64,17 +63,8 @@ class Place:
 
     def leave(self, exchanges: int) -> None:
         """Keeps the count for the next kernel."""
-        self._keep(self.counted(exchanges), _COUNT)
-
-    def load_turn(self) -> Any:
-        return _load_word(_word_address(self.own, self.block, _TURN))
-
-    def keep_turn(self, turn: Any) -> None:
-        self._keep(turn, _TURN)
-
-    def _keep(self, value: Any, word: int) -> None:
-        ptx, address = "st.volatile.global.b32 [$0], $1;", _word_address(self.own, self.block, word)
-        utils.inline_ptx(ptx, address, value, predicate=self.is_first, has_side_effects=True)
+        ptx, address = "st.volatile.global.b32 [$0], $1;", _count_address(self.own, self.block)
+        utils.inline_ptx(ptx, address, self.counted(exchanges), predicate=self.is_first, has_side_effects=True)
 
     def counted(self, exchanges: int) -> Any:
         return arith.addi(self.count, mgpu.c(exchanges, _i32()))
@@ -92,7 +82,9 @@ def enter(table_ref: Any, devices: int) -> Place:
     own = entry(plus(rank, const(1)))
     peers = [arith.remui(plus(rank, const(j)), const(devices)) for j in range(1, devices)]
     lent = [entry(plus(peer, const(1))) for peer in peers]
-    return Place(block, thread, rank, peers, own, lent, _load_word(_word_address(own, block, _COUNT)))
+    ptx, address = "ld.volatile.global.b32 $0, [$1];", _count_address(own, block)
+    count = utils.inline_ptx(ptx, address, result_types=_i32(), has_side_effects=True)
+    return Place(block, thread, rank, peers, own, lent, count)
 
 
 def load_16(address: Any, offset: int = 0) -> Any:
@@ -101,9 +93,8 @@ def load_16(address: Any, offset: int = 0) -> Any:
     return utils.inline_ptx(ptx, address, result_types=[_i32()] * 4, has_side_effects=True)
 
 
-def store_16(address: Any, words: Sequence[Any], offset: int = 0, predicate: Any = None) -> None:
-    ptx = f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};"
-    utils.inline_ptx(ptx, address, *words, predicate=predicate, has_side_effects=True)
+def store_16(address: Any, words: Sequence[Any], offset: int = 0) -> None:
+    utils.inline_ptx(f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *words, has_side_effects=True)
 
 
 def const(value: int) -> Any:
@@ -146,13 +137,8 @@ def _wide(value: Any) -> Any:
     return arith.extui(_i64(), narrow)
 
 
-def _load_word(address: Any) -> Any:
-    return utils.inline_ptx("ld.volatile.global.b32 $0, [$1];", address, result_types=_i32(), has_side_effects=True)
-
-
-def _word_address(own: Any, block: Any, word: int) -> Any:
-    """One of a block's own words, behind the flags of the others."""
-    return plus(own, times(block, FLAG_BYTES), const(4 * (MOST_DEVICES + word)))
+def _count_address(own: Any, block: Any) -> Any:
+    return plus(own, times(block, FLAG_BYTES), const(FLAG_BYTES - 4))
 
 
 def _wait_for(flag: Any, count: Any) -> None:

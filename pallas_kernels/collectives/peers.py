@@ -36,9 +36,9 @@ def lend(mesh: Mesh, gathered_bytes: int = 0) -> tuple[list[jax.Array], Int32[Ar
 
 def lent_bytes(devices: int, gathered_bytes: int) -> int:
     """What `lend` takes on each device."""
-    from jaxserve.pallas_kernels.collectives.mosaic_gpu_flagless import flagless_end
+    from jaxserve.pallas_kernels.collectives.mosaic_gpu_all_reduce import slots_end
 
-    return flagless_end(devices) + gathered_bytes // devices * (devices - 1)
+    return slots_end(devices) + gathered_bytes // devices * (devices - 1)
 
 
 def can_lend(devices: Sequence[jax.Device]) -> bool:

@@ -95,7 +95,7 @@ def test_the_kernel_sums_on_gpus(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 4096), (256, 4096), (100, 1024), (64, 8192)])
 @pytest.mark.parametrize("count", [1, 8])
 def test_the_kernel_sums_and_norms_on_gpus(shape: tuple[int, int], count: int) -> None:
-    """Ten in a row, each of the one before, with fewer rows between them and other kernels' sums: all share what is lent."""
+    """Ten in a row, each of the one before, with fewer rows between them and other kernels' sums, which share slots and flags."""
     mesh = make_mesh(DEVICES)
     lent, table = lend(mesh)
     x = jax.random.normal(jax.random.key(1), (DEVICES, *shape), jnp.bfloat16)
