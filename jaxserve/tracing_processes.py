@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from threading import Thread
+from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PROCESSES = 5
+PATIENCE_S = 120.0  # for an answer, which takes seconds; a process that hangs is ended
 _CORES_EACH = 3  # as XLA compiles meanwhile
 _WORTH_IT = 4  # programs; a process takes as long to start as one takes to be traced
 _CHILD = ["-P", "-c", "import jaxserve.tracing_child as child; child.main()"]
@@ -103,12 +104,16 @@ class _TracingProcess:
     def _ask(self, data: bytes) -> Any:
         """The answer; or, where it has ended, what says so."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        patience = Timer(PATIENCE_S, self._process.kill)
+        patience.start()
         try:
             self._process.stdin.write(data)
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             return f"it has ended ({type(error).__name__})"
+        finally:
+            patience.cancel()
 
     def end(self) -> None:
         self._is_over = True

@@ -63,9 +63,13 @@ def test_it_refuses_when_its_source_code_is_another(build: Build) -> None:
     assert "source code has changed" in said
 
 
-def test_what_a_failed_process_was_to_trace_is_traced_here(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("command", [["true"], ["sleep", "600"]], ids=["ends", "hangs"])
+def test_what_a_failed_process_was_to_trace_is_traced_here(
+    command: list[str], build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracing_processes, "PATIENCE_S", 0.1)
     tracers: Tracers = SimpleQueue()
-    process = tracing_processes._TracingProcess(["true"], b"an order", tracers)
+    process = tracing_processes._TracingProcess(command, b"an order", tracers)
     program = program_of(build)
     traced = process.trace(program, "cpu")
     process.end()
