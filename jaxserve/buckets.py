@@ -87,7 +87,7 @@ def choose_buckets(
     page_size: int,
     reaches: Sequence[Reach] = (Reach(),),
 ) -> Buckets:
-    """Buckets for the platform: a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
+    """Buckets for the platform. Requests are a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
     # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
     decode = _geometric(max_num_seqs, 1 if platform == "cpu" else min(16, max_num_seqs), 4)
     samples = {decode[0], max_num_seqs} if platform == "cpu" else {decode[0], *decode[-2:]}

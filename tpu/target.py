@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from jaxserve.absent_gpu import GPU_MEMORY, absent_gpus
+from jaxserve.absent_gpu import GIB, GPU_MEMORY, absent_gpus
 from jaxserve.absent_tpu import quiet_libtpu
 from jaxserve.errors import ConfigError
-
-GIB = 1024**3
 
 TPU_MEMORY: Mapping[str, int] = {
     "v5e": int(15.75 * GIB),
