@@ -2,9 +2,8 @@
 
 usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096] [--out FILE]
 
-idle_share is of the engine's own loop, from a trace of its steps: the time in which no kernel and no copy runs, over the time from
-the first to the last. waiting_share are its gaps of more than 10 us, in which the device waits for the host; the rest lies between
-kernels that are launched together. Tracing slows the host, so traced_step_ms is above step_ms and the shares are upper bounds.
+busy_ms is the time in which a kernel or a copy runs, a decode step, from a trace of the engine's own loop; idle_share what is left of
+step_ms, which is measured without a trace, as tracing makes the host slower than the device.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 from jaxserve import LLM, SamplingParams
 from jaxserve.plan import ON_DEVICE, PlanBuffer
 from jaxserve.sampler import Mode
+from jaxserve.sampling_params import OutputKind
 
 HERE = Path(__file__).parent
 STEPS = 40  # of each measurement
@@ -46,7 +46,8 @@ class Decoding:
 
     def __init__(self, llm: LLM, batch: int, context: int, steps: int) -> None:
         engine = self.engine = llm.engine
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps, detokenize=False)
+        final = OutputKind.FINAL_ONLY
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps, detokenize=False, output_kind=final)
         rng = np.random.default_rng(batch)
         self.ids = [engine.add_request(rng.integers(0, engine.vocab_size, context).tolist(), params) for _ in range(batch)]
         while len(engine.scheduler.running) < batch or any(r.num_to_compute > 1 for r in engine.scheduler.running):
@@ -54,11 +55,12 @@ class Decoding:
         self.step(20)
 
     def step(self, count: int) -> float:
-        """Milliseconds a step."""
-        start = time.perf_counter()
-        for _ in range(count):
+        """Milliseconds a decode step, of `count` or some more: the engine may dispatch several at a time."""
+        request = self.engine.scheduler.running[0]
+        before, start = request.num_computed, time.perf_counter()
+        while request.num_computed < before + count:
             self.engine.step()
-        return (time.perf_counter() - start) / count * 1000
+        return (time.perf_counter() - start) / (request.num_computed - before) * 1000
 
     def stop(self) -> None:
         for request_id in self.ids:
@@ -92,12 +94,20 @@ def host_times(decoding: Decoding, steps: int) -> dict[str, float]:
     }
 
 
-def idle_times(decoding: Decoding, steps: int) -> dict[str, float]:
+def idle_times(decoding: Decoding, steps: int, step_ms: float) -> dict[str, float]:
     """From a trace of the engine's steps; see the top of this file. Empty where the trace knows no GPU."""
     trace = tempfile.mkdtemp()
-    with jax.profiler.trace(trace):
-        step_ms = decoding.step(steps)
-    return idle_of(device_intervals(trace)) | {"traced_step_ms": round(step_ms, 3)}
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    request = decoding.engine.scheduler.running[0]
+    before = request.num_computed
+    with jax.profiler.trace(trace, profiler_options=options):
+        traced_ms = decoding.step(steps)
+        jax.block_until_ready(decoding.engine.runner._last_tokens)
+    busy_ms = busy_ns(device_intervals(trace)) / 1e6 / (request.num_computed - before)
+    if not busy_ms:
+        return {}
+    return {"busy_ms": round(busy_ms, 3), "idle_share": round(1 - busy_ms / step_ms, 4), "traced_step_ms": round(traced_ms, 3)}
 
 
 def device_intervals(trace: str) -> list[tuple[float, float]]:
@@ -105,22 +115,13 @@ def device_intervals(trace: str) -> list[tuple[float, float]]:
     return [(e.start_ns, e.start_ns + e.duration_ns) for line in gpu_streams(trace) for e in line.events]
 
 
-def idle_of(intervals: list[tuple[float, float]], waiting_ns: float = 10_000) -> dict[str, float]:
-    """Shares of the time from the first start to the last end in which nothing runs, and in gaps longer than waiting_ns."""
-    if not intervals:
-        return {}
-    intervals = sorted(intervals)
-    first, end = intervals[0]
-    gaps = []
-    for start, stop in intervals[1:]:
-        gaps.append(max(start - end, 0.0))
+def busy_ns(intervals: list[tuple[float, float]]) -> float:
+    """How long at least one of the intervals lasts."""
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(intervals):
+        busy += max(stop - max(start, end), 0.0)
         end = max(end, stop)
-    whole = end - first
-    return {
-        "idle_share": round(sum(gaps) / whole, 4),
-        "waiting_share": round(sum(gap for gap in gaps if gap > waiting_ns) / whole, 4),
-        "traced_device_ms": round(whole / 1e6, 3),
-    }
+    return busy
 
 
 def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None) -> dict[str, float]:
@@ -224,8 +225,9 @@ def main() -> None:
         print("  ", report.name, f"{report.seconds:.1f} s, {report.trace_seconds:.1f} of them tracing", flush=True)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "model": args.model, "context": args.context, "batches": {}}
     for batch in args.batch:
-        decoding = Decoding(llm, batch, args.context, 40 + 4 * STEPS)
-        found = host_times(decoding, STEPS) | idle_times(decoding, STEPS)
+        decoding = Decoding(llm, batch, args.context, 60 + 4 * STEPS)
+        found = host_times(decoding, STEPS)
+        found |= idle_times(decoding, STEPS, found["step"])
         decoding.stop()
         print(f"== batch {batch}", json.dumps(found), flush=True)
         result["batches"][batch] = found | show(llm, [(1, args.context)] * batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxserve.models.cache_layout import Reach
@@ -23,6 +23,7 @@ class Buckets:
         block: rows that the rarer ways of sampling take at a time, whatever the step's number.
         pages_per_slot: entries of a column of a request's page table.
         column_pages: pages that a request holds at most in each of the columns.
+        num_steps: decode steps of those programs that run several; 1 if there are none.
     """
 
     decode: tuple[int, ...]
@@ -32,6 +33,7 @@ class Buckets:
     pages_per_slot: int
     page_size: int
     column_pages: tuple[int, ...]
+    num_steps: int = 1
 
     @property
     def num_tables(self) -> int:
@@ -48,6 +50,11 @@ class Buckets:
         return {n: PlanShape(n, n, _at_least(self.samples, n), n * self.num_tables) for n in self.decode}
 
     @cached_property
+    def repeated_shapes(self) -> dict[int, PlanShape]:
+        """The plans of programs that run several decode steps, by requests. No request needs two pages for as few steps."""
+        return {n: replace(s, num_steps=self.num_steps) for n, s in self.decode_shapes.items()} if self.num_steps > 1 else {}
+
+    @cached_property
     def mixed_shapes(self) -> dict[int, PlanShape]:
         """The plans of the mixed programs, by tokens: one whole table, and room for prefix hits of many pages and few tokens."""
         whole, others = self.max_num_seqs * self.num_tables + sum(self.column_pages), self.num_tables - 1
@@ -57,7 +64,8 @@ class Buckets:
     @property
     def shapes(self) -> list[PlanShape]:
         """Every forward program's plan, the largest first."""
-        return [*reversed(self.mixed_shapes.values()), *reversed(self.decode_shapes.values())]
+        shapes = self.decode_shapes, self.repeated_shapes, self.mixed_shapes
+        return [shape for some in reversed(shapes) for shape in reversed(some.values())]
 
     @property
     def max_page_updates(self) -> int:
@@ -69,8 +77,12 @@ class Buckets:
         """Length of a packed plan: all programs read from one buffer."""
         return max(shape.size for shape in self.shapes)
 
-    def choose(self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int) -> PlanShape:
-        """The smallest plan that holds a step."""
+    def choose(
+        self, num_rows: int, num_tokens: int, num_samples: int, num_page_updates: int, *, is_repeated: bool = False
+    ) -> PlanShape:
+        """The smallest plan that holds a step, or as many decode steps as a program has."""
+        if is_repeated:
+            return self.repeated_shapes[_at_least(self.decode, num_rows)]
         if num_rows == num_tokens:
             shape = self.decode_shapes[_at_least(self.decode, num_rows)]
             if num_samples <= shape.num_samples and num_page_updates <= shape.num_page_updates:
@@ -86,6 +98,7 @@ def choose_buckets(
     pages_per_slot: int,
     page_size: int,
     reaches: Sequence[Reach] = (Reach(),),
+    num_steps: int = 1,
 ) -> Buckets:
     """Buckets for the platform. Requests are a factor of 4 apart, since a padded decode row costs little beside the weights' traffic."""
     # On a GPU a row alone is no faster than 16: XLA's kernels for vectors are slower than its matrix products.
@@ -99,6 +112,7 @@ def choose_buckets(
         pages_per_slot=pages_per_slot,
         page_size=page_size,
         column_pages=tuple(r.max_pages(pages_per_slot * page_size, page_size, max_num_batched_tokens) for r in reaches),
+        num_steps=num_steps,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from jaxserve.errors import ConfigError
 
 GIB = 1024**3
+MAX_STEPS = 8  # of one program: a new request waits for two such programs
 
 
 def option(default: Any, help: str) -> Any:
@@ -66,6 +67,11 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = option(None, "requests that run at once (16 on CPU, 256 elsewhere)")
     max_num_batched_tokens: int | None = option(None, "tokens of one step at most (512 on CPU, 8192 elsewhere)")
+    num_scheduler_steps: int | None = option(
+        None,
+        "one GPU: decode steps that run for each time that the host plans, 1 to 8, while no request waits; tokens come as many at a "
+        "time (4 for models whose step takes the host longer than an H100, those below 4 GB; 1 for others)",
+    )
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs", "fcfs: in order of arrival; priority: the smaller a request's `priority`, the sooner it runs"
     )
@@ -123,6 +129,8 @@ class EngineConfig:
         _check_positive(self.model, "max_model_len")
         _check_positive(self.cache, "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override")
         _check_positive(self.scheduler, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens")
+        if self.scheduler.num_scheduler_steps not in (None, *range(1, MAX_STEPS + 1)):
+            raise ConfigError(f"num_scheduler_steps must be 1 to {MAX_STEPS}; got {self.scheduler.num_scheduler_steps}")
         _check_positive(self.parallel, "tensor_parallel_size", "data_parallel_size")
         if not 0 < self.cache.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1; got {self.cache.gpu_memory_utilization}")

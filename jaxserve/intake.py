@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jaxserve.completion import Completion, is_live
 from jaxserve.plan import NO_TARGET
 from jaxserve.reporter import Reporter
@@ -57,9 +59,12 @@ class Intake:
         now = self._reporter.tokens_s = self._clock()
         changed: Changed = {}
         tokens = results["tokens"].tolist() if results else []
+        ahead: list[list[int]] = []
+        if step.plan.ahead:
+            tokens, *ahead = tokens
         if NO_TOKEN in tokens:
-            self._end_without_token(step, tokens, changed)
-        taken = self._take_decodes(step, tokens, results, changed)
+            self._end_without_token([*step.plan.decodes, *(row.request for row in step.rows)], tokens, changed)
+        taken = self._take_decodes(step.plan.decodes, tokens, results, changed)
         for i, row in enumerate(step.rows, start=len(step.plan.decodes)):
             request = row.request
             if row.target != NO_TARGET:
@@ -76,7 +81,15 @@ class Intake:
                     request.first_token_s = now
                     self.answered.append(request.group.request_id)
         self._reporter.on_tokens(taken, now)
-        self._reporter.on_step(step.plan, self._scheduler, len(taken))
+        num_ahead = 0
+        for requests, tokens_ahead in zip(step.plan.ahead, ahead, strict=True):
+            tokens = np.array(tokens_ahead)[step.plan.places(requests)].tolist()
+            if NO_TOKEN in tokens:
+                self._end_without_token(requests, tokens, changed)
+            taken_ahead = self._take_decodes(requests, tokens, results, changed)
+            self._reporter.on_tokens(taken_ahead, now)
+            num_ahead += len(taken_ahead)
+        self._reporter.on_step(step.plan, self._scheduler, len(taken) + num_ahead)
         return changed
 
     def finish(self, request: Request) -> None:
@@ -85,9 +98,8 @@ class Intake:
         self._scheduler.finish(request)
         self._reporter.on_finished(request)
 
-    def _end_without_token(self, step: InFlight, tokens: list[int], changed: Changed) -> None:
+    def _end_without_token(self, requests: list[Request], tokens: list[int], changed: Changed) -> None:
         """Ends the requests whose logits allow no token, and what depends on them. What they computed is no good to others."""
-        requests = [*step.plan.decodes, *(row.request for row in step.rows)]
         for request in [r for r, token in zip(requests, tokens, strict=False) if token == NO_TOKEN and is_live(r)]:
             group = request.group
             group.error = NO_TOKEN_ERROR
@@ -98,10 +110,10 @@ class Intake:
                     self._scheduler.finish(ended, is_sound=False)
                     self._reporter.on_finished(ended)
 
-    def _take_decodes(self, step: InFlight, tokens: list[int], results: StepResults, changed: Changed) -> list[Request]:
-        """Gives the tokens of plan.decodes to those that still live, and returns these. Every request passes here in every step."""
+    def _take_decodes(self, requests: list[Request], tokens: list[int], results: StepResults, changed: Changed) -> list[Request]:
+        """Gives requests that just go on their tokens, if they still live, and returns these. All pass here in every step."""
         finished, taken = Status.FINISHED, []
-        for i, request, token in zip(range(len(tokens)), step.plan.decodes, tokens, strict=False):  # tokens are padded
+        for i, request, token in zip(range(len(tokens)), requests, tokens, strict=False):  # tokens are padded
             request.num_in_flight -= 1
             if request.status is finished:
                 continue

@@ -12,12 +12,16 @@ class Limits:
     Attributes:
         max_page_updates: changes of page tables that a plan can carry; at least one whole table.
         token_sizes: tokens that the programs of mixed steps are compiled for, ascending; none if every number costs its own.
+        num_steps: Buckets.num_steps.
+        repeated_mode_rank: of the last of sampler.Mode that programs of several steps know.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_page_updates: int
     token_sizes: tuple[int, ...] = ()
+    num_steps: int = 1
+    repeated_mode_rank: int = 0
 
     def token_budget(self, least: int, wanted: int) -> int:
         """Tokens that a step should have at most: as many as a program has that they fill by three quarters.

@@ -24,7 +24,8 @@ class Packer:
         for request in plan.placed:
             self._sample_fields[request.slot] = request.sample_fields
             self._sample_fields[request.slot, SLOT] = request.slot
-        shape = self._buckets.choose(plan.num_rows, plan.num_tokens, plan.num_samples, plan.num_page_updates)
+        sizes = plan.num_rows, plan.num_tokens, plan.num_samples, plan.num_page_updates
+        shape = self._buckets.choose(*sizes, is_repeated=bool(plan.ahead))
         buffer = PlanBuffer(shape, self._num_slots, self._buckets.plan_size)
         self._pack_decodes(plan, buffer)
         self._pack_pages(plan, buffer)
@@ -37,15 +38,18 @@ class Packer:
     def _pack_decodes(self, plan: StepPlan, buffer: PlanBuffer) -> None:
         count = len(plan.decodes)
         slots = np.array([request.slot for request in plan.decodes], np.int32)
-        num_computed = np.array([request.num_computed for request in plan.decodes], np.int32)
+        steps = np.ones(count, np.int32)
+        for requests in plan.ahead:
+            steps[plan.places(requests)] += 1
+        start = np.array([request.num_computed for request in plan.decodes], np.int32) - steps
         buffer.token_ids[:count] = ON_DEVICE
         buffer.row_slot[:count] = slots
-        buffer.row_position[:count] = num_computed - 1
-        buffer.row_tokens[:count] = 1
+        buffer.row_position[:count] = start
+        buffer.row_tokens[:count] = steps
         buffer.num_single_rows[0] = count
         buffer.logit_rows[:count] = np.arange(count)
         buffer.samples[:count] = self._sample_fields[slots]
-        buffer.samples[:count, POSITION] = num_computed
+        buffer.samples[:count, POSITION] = start + 1
 
     def _pack_pages(self, plan: StepPlan, buffer: PlanBuffer) -> None:
         """The changes of page tables."""

@@ -19,6 +19,8 @@ from jaxserve.models.interface import PagePlaces, StepBatch
 
 ON_DEVICE = -1  # a token id that only the device knows: the last one sampled in the row's slot
 
+NOBODYS = -1  # the position of a row with a token that is nobody's
+
 NO_TARGET = -1  # the row is sampled; any other target is a given token whose log probability is asked
 
 SLOT, POSITION, TARGET, SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(9)
@@ -36,12 +38,19 @@ class PlanShape:
         num_rows: B, requests.
         num_samples: S, logits rows that are sampled.
         num_page_updates: changes to the page tables.
+        num_steps: decode steps, one after the other; a row's `row_tokens` says how many of them are for it.
     """
 
     num_tokens: int
     num_rows: int
     num_samples: int
     num_page_updates: int
+    num_steps: int = 1
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has one token in each step."""
+        return self.num_tokens == self.num_rows
 
     @cached_property
     def sections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -50,7 +59,7 @@ class PlanShape:
             "num_single_rows": (1,),
             "token_ids": (self.num_tokens,),
             "row_slot": (self.num_rows,),
-            "row_position": (self.num_rows,),  # of the row's first token
+            "row_position": (self.num_rows,),  # of the row's first token; negative: the row is nobody's
             "row_tokens": (self.num_rows,),
             "page_index": (self.num_page_updates,),  # (column * slots + slot) * pages a slot + index in its table
             "page_id": (self.num_page_updates,),
@@ -132,8 +141,9 @@ def step_batch(
     query_start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(plan.row_tokens)])
     token = jnp.arange(num_tokens)
     row = jnp.minimum(jnp.searchsorted(query_start, token, side="right", method="compare_all") - 1, num_rows - 1)
-    in_use = token < query_start[-1]
+    in_use = (token < query_start[-1]) & (plan.row_position[row] >= 0)
     positions = jnp.where(in_use, plan.row_position[row] + token - query_start[row], 0)
+    kv_lens = jnp.where((plan.row_tokens > 0) & (plan.row_position >= 0), plan.row_position + plan.row_tokens, 0)
 
     def places(tables: Int[Array, "slots pages"]) -> PagePlaces:
         row_tables = tables[plan.row_slot]
@@ -147,11 +157,11 @@ def step_batch(
         token_ids=token_ids,
         positions=positions,
         query_start=query_start,
-        kv_lens=jnp.where(plan.row_tokens > 0, plan.row_position + plan.row_tokens, 0),
+        kv_lens=kv_lens,
         page_tables=first.page_tables,
         write_slots=first.write_slots,
         num_single_rows=plan.num_single_rows,
-        slots=jnp.where(plan.row_tokens > 0, plan.row_slot, np.iinfo(np.int32).max),
+        slots=jnp.where(kv_lens > 0, plan.row_slot, np.iinfo(np.int32).max),
         logit_rows=plan.logit_rows,
         other_tables=tuple(others),
     )

@@ -18,7 +18,7 @@ from jaxserve.errors import ConfigError, DoesNotFitError
 from jaxserve.pallas_kernels.collectives.peers import lent_bytes
 
 if TYPE_CHECKING:
-    from jaxserve.startup import Build
+    from jaxserve.build import Build
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +95,18 @@ def resident_bytes(build: Build) -> int:
     results = [inputs.results(n) for n in inputs.buckets.samples]
     arrays = jax.tree.leaves((inputs.weights, inputs.shaping, results, inputs.packed, inputs.state.page_tables))
     lent = lent_bytes(build.shardings.mesh.size, inputs.logits_bytes) if build.runtime.peer_sums else 0
-    return sum(map(_local_bytes, arrays)) + state_bytes(build) + lent
+    return sum(map(local_bytes, arrays)) + state_bytes(build) + lent
 
 
 def state_bytes(build: Build) -> int:
     """Bytes of all requests' recurrent states on each device."""
     inputs = build.inputs()
     caches: Any = zip(inputs.state.caches, inputs.is_state, strict=True)
-    return sum(_local_bytes(cache) for cache, is_state in caches if is_state)
+    return sum(local_bytes(cache) for cache, is_state in caches if is_state)
 
 
-def _local_bytes(array: jax.ShapeDtypeStruct) -> int:
+def local_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Of an array, on each device."""
     assert array.sharding is not None
     return int(array.dtype.itemsize * math.prod(array.sharding.shard_shape(array.shape)))
 

@@ -154,14 +154,14 @@ class ProgramInputs:
 
 def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> list[Program]:
     """Every program that the engine will ever run; forwards, which take longest to compile, come first."""
-    forwards = [_forward(shape, inputs, apply_model, runtime) for shape in inputs.buckets.shapes]
+    forwards = [
+        _forward(shape, inputs, apply_model, runtime) if shape.num_steps == 1 else _repeated(shape, inputs, apply_model, runtime)
+        for shape in inputs.buckets.shapes
+    ]
     # A branch on the device saves programs, for 0.1 ms a step on a CPU; on a GPU the host waits for what it depends on.
-    is_branching = runtime.platform != "gpu"
-    how = {"is_branching": is_branching, "implementation": runtime.attention}
-    blocks = [Mode.LOGPROBS]
-    whole = Mode.SHAPED if is_branching else Mode.FULL
-    if not is_branching and runtime.attention != "mosaic_gpu":  # XLA's search would cost those rows too that want none
-        whole, blocks = Mode.PLAIN, [Mode.FULL, Mode.LOGPROBS]
+    how = {"is_branching": runtime.platform != "gpu", "implementation": runtime.attention}
+    whole = whole_mode(runtime)
+    blocks = [Mode.FULL, Mode.LOGPROBS] if whole is Mode.PLAIN else [Mode.LOGPROBS]
     samples = [_sample(n, whole, how, inputs) for n in inputs.buckets.samples]
     samples += [_sample_block(mode, how, inputs) for mode in blocks]
     stage = [_stage(inputs)] if runtime.platform == "gpu" else []  # addresses matter to CUDA graphs alone
@@ -170,18 +170,40 @@ def declare_programs(inputs: ProgramInputs, apply_model: step.ApplyModel, runtim
     return [*forwards, *samples, *stage, _set_shaping(inputs), pages, *states, _reset(inputs)]
 
 
+def whole_mode(runtime: Runtime) -> Mode:
+    """The last mode that has programs for whole steps; those after it are sampled in blocks."""
+    if runtime.platform != "gpu":
+        return Mode.SHAPED
+    return Mode.FULL if runtime.attention == "mosaic_gpu" else Mode.PLAIN  # XLA's search would cost those rows too that want none
+
+
 def _forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> Program:
     """Runs the model; the state is donated."""
     page_size = inputs.buckets.page_size
     function = partial(step.forward, apply_model=apply_model, runtime=runtime, shape=shape, page_size=page_size)
     results = inputs.results(shape.num_samples)
     return Program(
-        name=f"decode {shape.num_rows}" if shape.num_tokens == shape.num_rows else f"forward {shape.num_tokens}",
+        name=f"decode {shape.num_rows}" if shape.is_decode else f"forward {shape.num_tokens}",
         key=shape,
         function=function,
         arguments=(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed, results),
         donated=(1, 4),
         out_shardings=jax.tree.map(lambda x: x.sharding, (inputs.state, results)),
+        options=_compiler_options(shape, runtime),
+    )
+
+
+def _repeated(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> Program:
+    """Runs several decode steps, and samples in each; state and last tokens are donated."""
+    state, replicated = jax.tree.map(lambda x: x.sharding, inputs.state), inputs.shardings.replicated
+    function = partial(step.decode_repeatedly, apply_model=apply_model, runtime=runtime, shape=shape)
+    return Program(
+        name=f"decode {shape.num_rows} x {shape.num_steps}",
+        key=shape,
+        function=partial(function, page_size=inputs.buckets.page_size, mode=whole_mode(runtime)),
+        arguments=(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed),
+        donated=(1, 2),
+        out_shardings=(state, replicated, replicated),
         options=_compiler_options(shape, runtime),
     )
 

@@ -49,17 +49,17 @@ class Runner:
         self._lent: list[jax.Array] = []
         self._make_state()
         # Of tokens and plans; only where addresses matter, which is to CUDA graphs.
-        small = (4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size) if "stage" in programs.compiled else ()
-        self._room = leave_room(small, lambda size: self._send(np.zeros(size, np.uint8)))
+        tokens, plan = 4 * inputs.buckets.samples[-1], 4 * inputs.buckets.plan_size
+        small = {tokens, tokens * inputs.buckets.num_steps, plan} if "stage" in programs.compiled else set()
+        self._room = leave_room(sorted(small), lambda size: self._send(np.zeros(size, np.uint8)))
 
     def warm_up(self) -> None:
         """Runs every program of a step twice; before any request, as it writes to a page. A GPU's first runs make CUDA graphs."""
         for shape in self.buckets.shapes * 2:
             plan = PlanBuffer(shape, self._inputs.num_slots, self.buckets.plan_size)
-            is_decode = shape.num_tokens == shape.num_rows
-            plan.num_single_rows[0], plan.row_tokens[0] = (1, 1) if is_decode else (0, 2)
+            plan.num_single_rows[0], plan.row_tokens[0] = (1, 1) if shape.is_decode else (0, 2)
             self.run(shape, plan.packed, None, 0)
-            for mode in dict.fromkeys(self._modes):
+            for mode in dict.fromkeys(self._modes) if shape.num_steps == 1 else ():
                 self._sample(shape.num_samples, mode, 1)
         jax.block_until_ready(self._last_tokens)
 
@@ -110,10 +110,15 @@ class Runner:
         """Runs the model on a packed plan, and samples unless mode is None.
 
         Returns:
-            The sampler's outputs, of one block of rows after the other.
+            The sampler's outputs, of one block of rows after the other; of several steps, if the shape has so many.
         """
         sent, stage = self._send(packed), self.programs.compiled.get("stage")
         self._packed = sent if stage is None else stage(sent, self._packed)
+        if shape.num_steps > 1:
+            self._state, self._last_tokens, outputs = self.programs.forward(shape)(
+                self._weights.arrays, self._state, self._last_tokens, self._packed
+            )
+            return [outputs]
         self._state, self._results[shape.num_samples] = self.programs.forward(shape)(
             self._weights.arrays, self._state, self._last_tokens, self._packed, self._results[shape.num_samples]
         )

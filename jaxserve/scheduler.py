@@ -101,6 +101,8 @@ class Scheduler:
             self._continue(request, plan, num_behind)
         if self.num_preemptions == preemptions:
             self._admit(plan)
+        if not plan.rows and not self.waiting:
+            self._plan_ahead(plan)
         return plan
 
     def record_computed_pages(self, request: Request) -> None:
@@ -136,16 +138,31 @@ class Scheduler:
         """Plans the next token of every request about which there is nothing to decide; returns the other running ones."""
         if len(self.running) > self.limits.max_num_batched_tokens:
             return self.running
-        others = []
-        for request in self.running:
+        plan.decodes, others = self._go_on(self.running, plan)
+        plan.num_tokens = plan.num_samples = len(plan.decodes)
+        return others
+
+    def _plan_ahead(self, plan: StepPlan) -> None:
+        """Plans more tokens for those requests, where a program runs several steps and one of them is in all of these."""
+        num_more, requests = self.limits.num_steps - 1, plan.decodes
+        if not num_more or any(r.mode_rank > self.limits.repeated_mode_rank for r in requests):
+            return
+        if any(r.num_computed + num_more < r.max_num_tokens for r in requests):
+            for _ in range(num_more):
+                requests, _ = self._go_on(requests, plan)
+                plan.ahead.append(requests)
+
+    def _go_on(self, requests: list[Request], plan: StepPlan) -> tuple[list[Request], list[Request]]:
+        """Plans the next token of each request about which there is nothing to decide; these, and the others."""
+        going, others = [], []
+        for request in requests:
             if request.num_computed < request.decodes_until or self._grow(request, plan):
                 request.num_computed += 1
                 request.num_in_flight += 1
-                plan.decodes.append(request)
+                going.append(request)
             else:
                 others.append(request)
-        plan.num_tokens = plan.num_samples = len(plan.decodes)
-        return others
+        return going, others
 
     def _grow(self, request: Request, plan: StepPlan) -> bool:
         """Takes the page that a decoding request needs, if that is all it needs and there is one."""

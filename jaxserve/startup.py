@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +18,9 @@ from jax.sharding import Mesh
 
 from jaxserve import uncollected
 from jaxserve.absent_tpu import quiet_libtpu
-from jaxserve.buckets import Buckets, choose_buckets
+from jaxserve.build import Build
 from jaxserve.compile_cache import use_compile_cache
-from jaxserve.compiling import FindTracers, Progress, compile_programs
+from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
 from jaxserve.devices import expect_devices
 from jaxserve.engine import Engine
@@ -31,8 +28,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.limits import Limits
 from jaxserve.metrics import Observer
 from jaxserve.model_defaults import default_sampling, eos_token_ids, load_tokenizer
-from jaxserve.models.cache_layout import CacheLayout, group_layers
-from jaxserve.models.interface import Runtime, StateSpec
+from jaxserve.models.cache_layout import group_layers
+from jaxserve.models.interface import Runtime
 from jaxserve.models.loading import (
     ModelDescription,
     ModelSource,
@@ -47,14 +44,12 @@ from jaxserve.pallas_kernels.collectives.peers import can_lend
 from jaxserve.pallas_kernels.paged_attention import choose_implementation
 from jaxserve.pool_size import fit_model_len, num_pages
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import ProgramInputs, ProgramReport, Programs
+from jaxserve.programs import MODES, ProgramInputs, ProgramReport, Programs, whole_mode
 from jaxserve.replicas import Replicas, share
-from jaxserve.runner import Runner, abstract_state, page_bytes
+from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
 from jaxserve.sharding import Shardings, kv_repeat, make_meshes
 from jaxserve.summary import summary_of
-from jaxserve.trace_cache import TraceCache
-from jaxserve.tracing_processes import tracing_processes
 from jaxserve.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -63,111 +58,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MakeRunner = Callable[[WeightStore, Programs, ProgramInputs], Runner]
-
-
-@dataclass(frozen=True)
-class Build:
-    """What the steps of building share.
-
-    Attributes:
-        device_memory: bytes of one device, where it is not there to be asked.
-    """
-
-    config: EngineConfig
-    model: ModelDescription
-    runtime: Runtime
-    shardings: Shardings
-    dtype: jnp.dtype
-    num_pages: int = 1  # until what else needs memory is known
-    device_memory: int | None = None
-
-    def on_mesh(self, mesh: Mesh | None) -> Build:
-        """The same on other devices; with None, on none, so that it can be sent to another process."""
-        shardings: Any = mesh and Shardings(mesh, self.runtime.attention)
-        return replace(self, runtime=replace(self.runtime, mesh=mesh), shardings=shardings)
-
-    @property
-    def has_states(self) -> bool:
-        """Whether some layer keeps a recurrent state."""
-        return any(isinstance(spec, StateSpec) for spec in self.model.cache_specs)
-
-    @property
-    def has_pages(self) -> bool:
-        """Whether some layer keeps something for each token."""
-        return not all(isinstance(spec, StateSpec) for spec in self.model.cache_specs)
-
-    @property
-    def layout(self) -> CacheLayout:
-        assert self.runtime.layout is not None
-        return self.runtime.layout
-
-    @property
-    def page_size(self) -> int:
-        """Tokens a page holds. Where pages hold nothing, a request has one, so that they bind nobody and cost no tables."""
-        assert self.config.cache.block_size is not None and self.config.model.max_model_len is not None
-        return self.config.cache.block_size if self.has_pages else self.config.model.max_model_len
-
-    @property
-    def kv_dtype(self) -> jnp.dtype:
-        return jnp.dtype(jnp.float8_e4m3fn) if self.config.cache.kv_cache_dtype == "fp8" else self.dtype
-
-    @property
-    def page_bytes(self) -> int:
-        return page_bytes(self.layout.arrays, self.page_size, self.kv_dtype, self.shardings)
-
-    @property
-    def pages_per_slot(self) -> int:
-        assert self.config.model.max_model_len is not None
-        return -(-self.config.model.max_model_len // self.page_size)
-
-    def buckets(self) -> Buckets:
-        limits = self.config.scheduler
-        assert limits.max_num_seqs is not None and limits.max_num_batched_tokens is not None
-        sizes = limits.max_num_seqs, limits.max_num_batched_tokens, self.pages_per_slot, self.page_size
-        return choose_buckets(self.runtime.platform, *sizes, self.layout.reaches)
-
-    def inputs(self) -> ProgramInputs:
-        assert self.config.scheduler.max_num_seqs is not None
-        slots = self.config.scheduler.max_num_seqs
-        state = abstract_state(
-            self.layout.arrays,
-            self.num_pages,
-            self.page_size,
-            slots,
-            self.pages_per_slot,
-            self.dtype,
-            self.shardings,
-            kv_dtype=self.kv_dtype,
-            num_tables=self.layout.num_tables,
-            peer_sums=self.runtime.peer_sums,
-        )
-        weights = tuple(
-            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=self.shardings.of(axes, w.shape))
-            for w, axes in zip(self.model.abstract, self.model.logical_axes, strict=True)
-        )
-        return ProgramInputs(weights, state, slots, self.model.vocab_size, self.buckets(), self.shardings, self.layout.arrays)
-
-    def compile(self, on_progress: Progress | None) -> Programs:
-        # Programs for devices that are not there are compiled to see what each takes: not more at once than there are cores.
-        cores = os.cpu_count() or 1
-        threads = max(cores, 8) if self.device_memory is None else min(cores, 8)
-        arguments = self.inputs(), self.model.apply, self.runtime, on_progress
-        traces = self._traces()
-        return compile_programs(*arguments, traces=traces, threads=threads, find_tracers=self._tracers(traces))
-
-    def _tracers(self, traces: TraceCache | None) -> FindTracers | None:
-        """Processes beside this one, where lowering kernels takes long and can be done for devices that are not at hand."""
-        if traces is None or self.runtime.attention != "mosaic_gpu" or jax.process_count() > 1:
-            return None
-        return lambda programs, tracers: tracing_processes(self, tracers, traces.lacks(programs, self.runtime.platform))
-
-    def _traces(self) -> TraceCache | None:
-        folder, device = jax.config.jax_compilation_cache_dir, self.shardings.mesh.devices.flat[0]
-        # On a CPU tracing is quick, and tracing for the cache takes longer: SmolLM2's first start 39 s against 33, the second alike.
-        if self.runtime.platform == "cpu" or self.device_memory or not folder or find_spec("flatbuffers") is None:
-            return None  # jax.export writes with flatbuffers
-        maker = (self.model.spec, self.runtime, self.shardings.mesh.shape, device.device_kind, self.buckets())
-        return TraceCache(Path(folder) / "traces", repr(maker))
 
 
 @explained_out_of_memory()
@@ -335,6 +225,8 @@ def _scheduler(build: Build) -> Scheduler:
         max_num_batched_tokens=buckets.tokens[-1],
         max_page_updates=buckets.max_page_updates,
         token_sizes=buckets.tokens,
+        num_steps=buckets.num_steps,
+        repeated_mode_rank=MODES.index(whole_mode(build.runtime)),
     )
     pool = PagePool(build.num_pages)
     # A page alone cannot be gone on from where layers also keep a state.

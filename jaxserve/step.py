@@ -1,6 +1,7 @@
 """The functional core: pure functions of (weights, state, packed plan), usable in any JAX program on any mesh.
 
-A step is two programs, chained on the device: `forward` gives logits of chosen rows, `sample` gives tokens by slot.
+A step is two programs, chained on the device: `forward` gives logits of chosen rows, `sample` gives tokens by slot. Or one program
+runs several decode steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve import sampler
 from jaxserve.models.interface import Runtime, StepBatch
 from jaxserve.pallas_kernels.paged_attention import Implementation
-from jaxserve.plan import SLOT, PlanShape, apply_page_updates, step_batch, unpack
+from jaxserve.plan import NOBODYS, POSITION, SLOT, PlanShape, UnpackedPlan, apply_page_updates, step_batch, unpack
 from jaxserve.shaping import Shaping
 
 Weights = tuple[jax.Array, ...]
@@ -73,10 +74,23 @@ def forward(
         The new state (the old one may be donated), and what `sample` needs, so that it depends on S alone.
     """
     plan = unpack(packed, shape)
-    page_tables = apply_page_updates(state.page_tables, plan)
-    batch = replace(step_batch(plan, page_tables, last_tokens, page_size), peers=state.peers)
+    state = replace(state, page_tables=apply_page_updates(state.page_tables, plan))
+    state, logits = _run_model(weights, state, last_tokens, plan, apply_model, runtime, page_size)
+    return state, ForwardResults(logits, plan.samples)
+
+
+def _run_model(
+    weights: Weights,
+    state: DeviceState,
+    last_tokens: Int[Array, " slots"],
+    plan: UnpackedPlan,
+    apply_model: ApplyModel,
+    runtime: Runtime,
+    page_size: int,
+) -> tuple[DeviceState, Float[Array, "S V"]]:
+    batch = replace(step_batch(plan, state.page_tables, last_tokens, page_size), peers=state.peers)
     logits, caches = apply_model(weights, batch, state.caches, runtime)
-    return DeviceState(caches, page_tables, state.peers), ForwardResults(logits, plan.samples)
+    return replace(state, caches=caches), logits
 
 
 def stage(packed: Int[Array, " size"], before: Int[Array, " size"]) -> Int[Array, " size"]:
@@ -102,6 +116,47 @@ def sample(
         results.logits, results.samples, mode, shaping, is_branching=is_branching, implementation=implementation
     )
     return last_tokens.at[results.samples[:, SLOT]].set(out["tokens"], mode="drop"), shaping, out
+
+
+def decode_repeatedly(
+    weights: Weights,
+    state: DeviceState,
+    last_tokens: Int[Array, " slots"],
+    packed: Int[Array, " size"],
+    *,
+    mode: sampler.Mode,
+    apply_model: ApplyModel,
+    runtime: Runtime,
+    shape: PlanShape,
+    page_size: int,
+) -> tuple[DeviceState, Int[Array, " slots"], dict[str, Array]]:
+    """Runs the model and samples, shape.num_steps times, each time with the tokens just sampled.
+
+    Args:
+        packed: a plan whose rows all decode; row_tokens is in how many of the steps each of them is.
+        mode: one without shaping.
+
+    Returns:
+        The new state, the last tokens, and what the host reads: tokens [num_steps, S].
+    """
+    plan = unpack(packed, shape)
+    state = replace(state, page_tables=apply_page_updates(state.page_tables, plan))
+
+    def run(step: Array, carry: tuple[DeviceState, Array, Array]) -> tuple[DeviceState, Array, Array]:
+        state, last_tokens, tokens = carry
+        goes_on = step < plan.row_tokens
+        position = jnp.where(goes_on, plan.row_position + step, NOBODYS)
+        slot = jnp.where(goes_on, plan.row_slot, np.iinfo(np.int32).max)
+        samples = plan.samples.at[:, POSITION].add(step).at[: shape.num_rows, SLOT].set(slot)
+        now = replace(plan, row_position=position, row_tokens=jnp.minimum(plan.row_tokens, 1), samples=samples)
+        state, logits = _run_model(weights, state, last_tokens, now, apply_model, runtime, page_size)
+        results = ForwardResults(logits, samples)
+        last_tokens, _, out = sample(results, last_tokens, None, mode=mode, implementation=runtime.attention)
+        return state, last_tokens, tokens.at[step].set(out["tokens"])
+
+    tokens = jnp.zeros((shape.num_steps, shape.num_samples), jnp.int32)
+    state, last_tokens, tokens = lax.fori_loop(0, shape.num_steps, run, (state, last_tokens, tokens))
+    return state, last_tokens, {"tokens": tokens}
 
 
 def sample_block(

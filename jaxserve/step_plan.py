@@ -48,6 +48,8 @@ class StepPlan:
 
     Attributes:
         decodes: requests that just go on: each computes its newest token, and gets the next one sampled.
+        ahead: those of `decodes` that go on alone in the next step, of these those in the one after it, and so on: as many more
+            steps as the program runs, with nothing to decide in between.
         grown: those of them that have got one more page (in each column of their tables).
         rows: all other requests of the step.
         placed: requests that have just got their slot.
@@ -57,6 +59,7 @@ class StepPlan:
     """
 
     decodes: list[Request] = field(default_factory=list)
+    ahead: list[list[Request]] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
     rows: list[PlanRow] = field(default_factory=list)
     placed: list[Request] = field(default_factory=list)
@@ -71,6 +74,13 @@ class StepPlan:
     def num_rows(self) -> int:
         """Requests in the step."""
         return len(self.decodes) + len(self.rows)
+
+    def places(self, requests: list[Request]) -> slice | list[int]:
+        """Where in `decodes` requests of `ahead` stand."""
+        if len(requests) == len(self.decodes):
+            return slice(len(requests))
+        places = {request: place for place, request in enumerate(self.decodes)}
+        return [places[request] for request in requests]
 
     def sample_rows(self) -> list[SampleRow]:
         """Whose the rows of logits are that follow those of `decodes`, in order."""

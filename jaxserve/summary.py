@@ -9,7 +9,7 @@ from jaxserve.models.loading import ModelDescription
 from jaxserve.pool_size import state_bytes, tokens_held
 
 if TYPE_CHECKING:
-    from jaxserve.startup import Build
+    from jaxserve.build import Build
 
 
 def summary_of(build: Build, num_programs: int) -> dict[str, str]:

@@ -23,9 +23,9 @@ from jax import export
 from jaxserve.trace_cache import source_digest, trace_here
 
 if TYPE_CHECKING:
+    from jaxserve.build import Build
     from jaxserve.compiling import Tracers
     from jaxserve.programs import Program
-    from jaxserve.startup import Build
 
 log = logging.getLogger(__name__)
 

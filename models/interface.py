@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -59,7 +60,8 @@ class StepBatch:
 
     Rows with exactly one token come first (num_single_rows of them), so that kernels can treat them as decode; T = B says
     that there are no others.
-    Padding tokens have position 0 and a write_slot past the pool; padding rows have no tokens and kv_len 0.
+    Padding tokens have position 0 and a write_slot past the pool; padding rows have kv_len 0 and no tokens, or one, if they stand
+    among rows with one token.
 
     Attributes:
         token_ids: [T].
@@ -99,6 +101,11 @@ class StepBatch:
     def is_decode(self) -> bool:
         """Whether no row has more than one token: row b's token is token b."""
         return self.token_ids.shape[0] == self.kv_lens.shape[0]
+
+    @property
+    def in_use(self) -> Bool[Array, " T"]:
+        """Which tokens are no padding."""
+        return self.write_slots < np.iinfo(np.int32).max
 
     @property
     def starts(self) -> Bool[Array, " B"]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM
+from jaxserve.build import Build
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
@@ -19,7 +20,7 @@ from jaxserve.pool_size import longest_request, tokens_held
 from jaxserve.prefix_cache import page_keys, root_key
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.sharding import make_mesh
-from jaxserve.startup import Build, plan_build
+from jaxserve.startup import plan_build
 from tests.goldens.cases import read_golden, write_checkpoint
 from tests.models.forward import forward, open_and_load
 from tests.tiny import assert_greedy, check_integrity, greedy, random_prompts, run, tiny_engine

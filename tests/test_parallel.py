@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxserve import LLM, SamplingParams, startup
+from jaxserve import LLM, SamplingParams, build, startup
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.families.assembly import Index
@@ -148,7 +148,7 @@ def test_compile_is_for_every_replica(tmp_path: Path, monkeypatch: pytest.Monkey
         on_progress("compile", 1, 1)
         return Programs({}, (ProgramReport("decode 1", 0.2, 0.5, 1, 2),))
 
-    monkeypatch.setattr(startup, "compile_programs", compile_programs)
+    monkeypatch.setattr(build, "compile_programs", compile_programs)
     config = EngineConfig.from_options(model=str(write_model(tmp_path, 160)), tensor_parallel_size=2, data_parallel_size=3)
     stages: list[str] = []
     reports = startup.compile_model(config, on_progress=lambda stage, done, total: stages.append(stage))

@@ -17,6 +17,7 @@ from jaxserve.engine import Engine
 from jaxserve.models.interface import Runtime
 from jaxserve.plan import PlanShape
 from jaxserve.programs import declare_programs
+from jaxserve.runner import Runner
 from jaxserve.sampler import Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.step_plan import StepPlan
@@ -92,6 +93,47 @@ def shardings_of(engine: Engine, seen: dict[int, Sharding], monkeypatch: pytest.
         return step
 
     monkeypatch.setattr(engine.runner, "dispatch", watched)
+
+
+@pytest.mark.slow
+def test_several_steps_in_a_program_give_the_same_tokens(compiled_in_steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's lists of programs, compiled for the CPU: rows that several steps are planned for, then beside some that end that."""
+    final = OutputKind.FINAL_ONLY
+    plain = [greedy(20), SamplingParams(seed=1, max_tokens=17, output_kind=OutputKind.CUMULATIVE), greedy(2)]
+    others = [
+        SamplingParams(seed=2, top_p=0.5, top_k=3, max_tokens=9, output_kind=final),
+        SamplingParams(seed=3, frequency_penalty=1.0, max_tokens=9, output_kind=final),
+        greedy(9, logprobs=2),
+    ]
+    texts = []
+    for changes in ({}, {"platform": "gpu"}, {"platform": "gpu", "num_steps": 4}):
+        engine = tiny_engine(max_num_seqs=8, **changes)
+        engine.runner.warm_up()
+        seen = steps_of_programs(engine, monkeypatch)
+        found: list[Any] = []
+        for kinds in (plain, plain + others):
+            ids = [engine.add_request(*work) for work in zip(random_prompts(4, (5, 9, 3, 7, 2, 4)), kinds, strict=False)]
+            outputs = run(engine)
+            found += [outputs[request_id].outputs[0].token_ids for request_id in ids]
+        texts.append(found)
+        assert set(seen) == {1, changes.get("num_steps", 1)}
+    assert len(texts[0]) == 9
+    assert texts[0] == texts[1] == texts[2]
+    assert compiled_in_steps == []
+
+
+def steps_of_programs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Is filled with the numbers of steps of the programs that run."""
+    found: list[int] = []
+    assert isinstance(engine.runner, Runner)
+    run = engine.runner.run
+
+    def watched(shape: PlanShape, *args: Any) -> Any:
+        found.append(shape.num_steps)
+        return run(shape, *args)
+
+    monkeypatch.setattr(engine.runner, "run", watched)
+    return found
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ class User:
         {"window": 24, "hybrid": True, "num_pages": 40},
         {"window": 24, "all_windowed": True},
         {"recurrent": True},
+        {"platform": "gpu", "num_steps": 4, "window": 24, "hybrid": True, "num_pages": 40},
     ],
     ids=str,
 )

@@ -17,9 +17,10 @@ def request_of(order: int) -> Request:
     return Request(group, 0, 0, (0, order))
 
 
-def running(num_pages: int, *orders: int) -> tuple[Scheduler, list[Request]]:
+def running(num_pages: int, *orders: int, num_steps: int = 1) -> tuple[Scheduler, list[Request]]:
     """Requests that have computed their prompts and have a token to compute."""
-    scheduler = Scheduler(Limits(8, max_num_batched_tokens=32, max_page_updates=64), PagePool(num_pages), PAGE_SIZE)
+    limits = Limits(8, max_num_batched_tokens=32, max_page_updates=64, num_steps=num_steps, repeated_mode_rank=1)
+    scheduler = Scheduler(limits, PagePool(num_pages), PAGE_SIZE)
     requests = [request_of(order) for order in orders]
     for request in requests:
         scheduler.add(request)
@@ -110,3 +111,41 @@ def test_what_a_step_leaves_over_runs_in_the_next() -> None:
         assert plan is not None
         sizes.append(plan.num_tokens)
     assert sizes == [16, 4]
+
+
+def test_several_steps_are_planned_at_once() -> None:
+    """Each request is in as many as it has tokens left, and what pages it needs in all of them come with the first."""
+    scheduler, (long, short) = running(12, 1, 2, num_steps=4)
+    short.max_num_tokens, short.decodes_until = 9, 8
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.decodes, plan.ahead) == ([long, short], [[long, short], [long], [long]])
+    assert (long.num_computed, long.num_in_flight) == (10, 4)
+    assert (short.num_computed, short.num_in_flight) == (8, 2)
+    assert (plan.grown, plan.num_page_updates, long.table.num_pages) == ([long], 1, 3)
+    assert (plan.places(plan.ahead[0]), plan.places(plan.ahead[1])) == (slice(2), [0])
+    scheduler.check_integrity()
+
+
+def test_a_request_without_a_page_stays_behind() -> None:
+    scheduler, (first, last) = running(5, 1, 2, num_steps=4)
+    plan = scheduler.schedule()
+    assert plan is not None and plan.ahead == [[first, last], [first], [first]]
+    scheduler.check_integrity()
+
+
+def test_steps_are_planned_one_by_one_where_something_is_to_be_decided() -> None:
+    """A request waits, or wants more than programs of several steps can do, or none is in all of the steps."""
+    for case in ("waits", "shaped", "ends", "runs"):
+        scheduler, requests = running(6, 1, 2, num_steps=4)
+        if case == "waits":
+            scheduler.add(request_of(3))
+            scheduler.pool.allocate()  # of the two pages that it needs one is left
+        if case == "shaped":
+            requests[1].mode_rank = 2
+        if case == "ends":
+            for request in requests:
+                request.max_num_tokens = 9
+        plan = scheduler.schedule()
+        assert plan is not None and len(plan.decodes) == 2
+        assert len(plan.ahead) == (3 if case == "runs" else 0), case

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from jaxserve.build import Build
 from jaxserve.config import EngineConfig
 from jaxserve.models.loading import open_source
 from jaxserve.sharding import make_mesh
-from jaxserve.startup import Build, plan_build
+from jaxserve.startup import plan_build
 from jaxserve.summary import summary_of
 from tests.goldens import cases
 

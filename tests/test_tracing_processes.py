@@ -14,12 +14,13 @@ import pytest
 from jax import export
 
 from jaxserve import tracing_processes
+from jaxserve.build import Build
 from jaxserve.compiling import Tracers
 from jaxserve.config import EngineConfig
 from jaxserve.models.loading import open_source
 from jaxserve.programs import Program, declare_programs
 from jaxserve.sharding import make_mesh
-from jaxserve.startup import Build, plan_build
+from jaxserve.startup import plan_build
 from jaxserve.trace_cache import trace_here
 from jaxserve.tracing_child import answer_all
 from tests.goldens import cases

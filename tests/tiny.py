@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec,
 from jaxserve.outputs import RequestOutput
 from jaxserve.page_pool import PagePool
 from jaxserve.prefix_cache import PrefixCache
-from jaxserve.programs import ProgramInputs, Programs
+from jaxserve.programs import MODES, ProgramInputs, Programs, whole_mode
 from jaxserve.runner import Runner, abstract_state
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.scheduler import Scheduler
@@ -91,8 +91,10 @@ NUM_PAGES = 64
 
 @dataclass(frozen=True)
 class TinyOptions:
-    """The first six need programs of their own; the others are the host's own business."""
+    """The first eight need programs of their own; the others are the host's own business."""
 
+    platform: Literal["cpu", "gpu"] = "cpu"  # whose list of programs is compiled, for the CPU
+    num_steps: int = 1
     page_size: int = 16
     window: int | None = None
     recurrent: bool = False
@@ -109,7 +111,14 @@ class TinyOptions:
 
 @cache
 def _programs(
-    page_size: int, window: int | None, recurrent: bool, all_windowed: bool, hybrid: bool, slots: int
+    page_size: int,
+    window: int | None,
+    recurrent: bool,
+    all_windowed: bool,
+    hybrid: bool,
+    slots: int,
+    platform: Literal["cpu", "gpu"] = "cpu",
+    num_steps: int = 1,
 ) -> tuple[Buckets, ProgramInputs, Programs, CacheLayout, Any]:
     spec = tiny_spec(window, recurrent, all_windowed, hybrid)
     apply, weights = tiny_weights(spec)
@@ -117,13 +126,13 @@ def _programs(
     shardings = Shardings(mesh)
     pages_per_slot = MAX_MODEL_LEN // page_size
     layout = group_layers(abstract_decoder(spec, jnp.float32).cache_specs(), MAX_MODEL_LEN, max_tables=4)
-    buckets = choose_buckets("cpu", slots, max(NUM_TOKENS, 2 * slots), pages_per_slot, page_size, layout.reaches)
+    buckets = choose_buckets(platform, slots, max(NUM_TOKENS, 2 * slots), pages_per_slot, page_size, layout.reaches, num_steps)
     sizes = NUM_PAGES * layout.num_tables * slots // NUM_SLOTS, page_size, slots, pages_per_slot
     state = abstract_state(layout.arrays, *sizes, jnp.dtype("float32"), shardings, num_tables=layout.num_tables)
     placed = tuple(jax.device_put(w, shardings.replicated) for w in weights)
     abstract = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings.replicated) for w in weights)
     inputs = ProgramInputs(abstract, state, slots, VOCAB, buckets, shardings, layout.arrays)
-    runtime = Runtime("cpu", mesh, layout=layout)
+    runtime = Runtime(platform, mesh, layout=layout)
     # What they make computes prefills more slowly, and tests of the hybrid have many.
     with nullcontext() if hybrid else older_emitters():
         return buckets, inputs, compile_programs(inputs, apply, runtime, threads=2), layout, placed
@@ -133,12 +142,21 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
     """An engine; equal options share their compiled programs."""
     options = TinyOptions(**changes)
     model = options.window, options.recurrent, options.all_windowed, options.hybrid
-    buckets, inputs, programs, layout, weights = _programs(options.page_size, *model, options.num_slots)
+    buckets, inputs, programs, layout, weights = _programs(
+        options.page_size, *model, options.num_slots, options.platform, options.num_steps
+    )
     spec = tiny_spec(*model)
     pool = PagePool(options.num_pages)
     updates = buckets.max_page_updates
     sizes = tuple(n for n in buckets.tokens if n <= options.max_num_batched_tokens)
-    limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, updates, sizes)
+    limits = Limits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        updates,
+        sizes,
+        options.num_steps,
+        MODES.index(whole_mode(Runtime(options.platform))),
+    )
     cache = PrefixCache(pool, layout.num_tables) if options.prefix_caching and not options.recurrent else None
     scheduler = Scheduler(limits, pool, options.page_size, cache, layout.reaches)
     config = EngineConfig.from_options(

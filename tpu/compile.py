@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxserve.build import Build
 from jaxserve.compiling import Progress
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, DoesNotFitError
@@ -14,7 +15,7 @@ from jaxserve.models.loading import open_source
 from jaxserve.pool_size import resident_bytes
 from jaxserve.programs import ProgramReport
 from jaxserve.sharding import make_mesh
-from jaxserve.startup import Build, compile_to_fit, plan_build
+from jaxserve.startup import compile_to_fit, plan_build
 from jaxserve.tpu.target import Target
 
 _ADVICE = (

@@ -69,8 +69,7 @@ class Moe(nnx.Module):
             out = few_tokens.sum_experts(tokens, choice, arrays, spec)
         else:
             weights, chosen = self._route(routed)
-            in_use = jnp.arange(x.shape[0]) < batch.query_start[-1]
-            has_weights = in_use[:, None] & (chosen < spec.num_experts)  # padding wakes no expert
+            has_weights = batch.in_use[:, None] & (chosen < spec.num_experts)  # padding wakes no expert
             experts = jnp.where(has_weights, chosen, spec.num_experts)
             by_expert = partial(self._sorted_by_expert, implementation=runtime.attention)
             sum_experts = self._every_expert if _reads_all(x.shape[0], spec, runtime) else by_expert

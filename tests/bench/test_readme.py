@@ -12,7 +12,7 @@ from bench import plot
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "bench" / "results"
-OTHER = {"kv_cache_dtype", "block_size"}  # options of runs that the table does not show
+OTHER = {"kv_cache_dtype", "block_size", "tried"}  # of runs that the table does not show: options, and changes that did not land
 DECODE = ["decode_b1", "decode_b64", "decode_b256"]
 
 # How a row's first cell ends -> the cases of its figures

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.kernels.compile import VARIANTS, build
+from jaxserve.build import Build
 from jaxserve.compiling import compile_program
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.collectives import all_reduce_normed
@@ -26,7 +27,6 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_w
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
 from jaxserve.pallas_kernels.residual_norm.mosaic_gpu import add_and_normalize
 from jaxserve.programs import declare_programs
-from jaxserve.startup import Build
 from jaxserve.tpu.target import open_target
 from tests.tpu.steps import compile_step, copied_weights, count_collectives, plan, write_config
 
@@ -148,7 +148,7 @@ def test_kernels_round_whatever_an_fp8_step_rounds(tmp_path: Path, capfd: pytest
     )
 
 
-@pytest.mark.parametrize("program", ["decode 16", "decode 256", "forward 384"])
+@pytest.mark.parametrize("program", ["decode 16", "decode 256", "decode 64 x 4", "forward 384"])
 @pytest.mark.parametrize("options", [{}, {"share_page_reads": False}], ids=["shared", "plain"])
 def test_a_step_runs_kernels_and_spills_nothing(
     program: str, options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]

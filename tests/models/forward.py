@@ -34,20 +34,20 @@ def open_and_load(
     return model, load_weights(source, model, sharding_for=sharding_for)
 
 
-def prompts_batch(tokens: np.ndarray, logit_rows: Sequence[int] | None = None) -> tuple[StepBatch, int]:
-    """A step that prefills all of tokens [B, length] from position 0, and the pages it needs."""
+def prompts_batch(tokens: np.ndarray, logit_rows: Sequence[int] | None = None, padding: int = 0) -> tuple[StepBatch, int]:
+    """A step that prefills all of tokens [B, length] from position 0, and the pages it needs; `padding` more tokens are nobody's."""
     num, length = tokens.shape
     pages = -(-length // PAGE_SIZE)
     positions = np.arange(length)
     starts = np.arange(num)[:, None] * pages * PAGE_SIZE
     rows = range(num * length) if logit_rows is None else logit_rows
     arrays = (
-        tokens.reshape(-1),
-        np.tile(positions, num),
+        np.pad(tokens.reshape(-1), (0, padding)),
+        np.pad(np.tile(positions, num), (0, padding)),
         np.arange(num + 1) * length,
         np.full(num, length),
         np.arange(num * pages).reshape(num, pages),
-        (starts + positions).reshape(-1),
+        np.pad((starts + positions).reshape(-1), (0, padding), constant_values=np.iinfo(np.int32).max),
         np.array(0),
         np.arange(num),
         np.asarray(rows),

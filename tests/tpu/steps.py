@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jaxserve.build import Build
 from jaxserve.compiling import compile_program
 from jaxserve.config import EngineConfig
 from jaxserve.models.interface import StateSpec
 from jaxserve.programs import declare_programs
-from jaxserve.startup import Build
 from jaxserve.tpu.compile import plan_for
 from jaxserve.tpu.target import open_target
 

@@ -42,8 +42,8 @@ def test_sum_of_experts(changes: dict[str, Any], platform: Any, devices: int) ->
     for array in (moe.router, moe.experts_up, moe.experts_down, moe.experts_up_bias, moe.experts_down_bias):
         if array is not None:
             array.set_value(normal(*array.get_value().shape))
-    batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
-    x = normal(20, D)  # seven tokens are padding; with 16 a GPU sorts too
+    batch, _ = prompts_batch(np.zeros((1, 13), np.int64), padding=7)
+    x = normal(20, D)  # with 16 a GPU sorts too
     weights, experts = route(x @ moe.router.get_value(), spec.router, K)
     want = np.zeros((13, D), np.float32)
     for t in range(13):
@@ -75,8 +75,8 @@ def test_few_tokens_sum_the_same_experts(changes: dict[str, Any], monkeypatch: p
     moe = Moe(64, spec, jnp.bfloat16)
     for array in jax.tree.leaves(nnx.state(moe), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         array.set_value(jnp.asarray(normal(*array.get_value().shape) / 8, array.get_value().dtype))
-    batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
-    x = normal(16, 64).astype(jnp.bfloat16)  # three tokens are padding
+    batch, _ = prompts_batch(np.zeros((1, 13), np.int64), padding=3)
+    x = normal(16, 64).astype(jnp.bfloat16)
     want = moe(x, batch, Runtime("cpu"))
     calls = []
 
@@ -102,7 +102,7 @@ def test_experts_of_8_bits_are_multiplied_as_the_numbers_they_stand_for(platform
         weight = quantize_fp8(normal(*getattr(moe, name).get_value().shape), contract=1, batch=1)
         getattr(moe, name).set_value(weight)
         getattr(plain, name).set_value(jnp.moveaxis(weight.values.astype(jnp.float32) * weight.scales[..., None], -1, 1))
-    batch, _ = prompts_batch(np.zeros((1, 13), np.int64))
+    batch, _ = prompts_batch(np.zeros((1, 13), np.int64), padding=7)
     x, runtime = normal(20, D), Runtime(platform, make_mesh(devices))
     np.testing.assert_allclose(moe(x, batch, runtime), plain(x, batch, runtime), rtol=2e-4, atol=2e-4)
 
