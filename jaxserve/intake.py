@@ -58,10 +58,8 @@ class Intake:
         results = self._runner.collect(step)
         now = self._reporter.tokens_s = self._clock()
         changed: Changed = {}
-        tokens = results["tokens"].tolist() if results else []
-        ahead: list[list[int]] = []
-        if step.plan.ahead:
-            tokens, *ahead = tokens
+        sampled = results["tokens"] if results else np.zeros(0, np.int32)
+        tokens = (sampled[0] if step.plan.ahead else sampled).tolist()
         if NO_TOKEN in tokens:
             self._end_without_token([*step.plan.decodes, *(row.request for row in step.rows)], tokens, changed)
         taken = self._take_decodes(step.plan.decodes, tokens, results, changed)
@@ -81,15 +79,15 @@ class Intake:
                     request.first_token_s = now
                     self.answered.append(request.group.request_id)
         self._reporter.on_tokens(taken, now)
-        num_ahead = 0
-        for requests, tokens_ahead in zip(step.plan.ahead, ahead, strict=True):
-            tokens = np.array(tokens_ahead)[step.plan.places(requests)].tolist()
+        num_sampled = len(taken)
+        for number, requests in enumerate(step.plan.ahead, start=1):
+            tokens = sampled[number, step.plan.places(requests)].tolist()
             if NO_TOKEN in tokens:
                 self._end_without_token(requests, tokens, changed)
-            taken_ahead = self._take_decodes(requests, tokens, results, changed)
-            self._reporter.on_tokens(taken_ahead, now)
-            num_ahead += len(taken_ahead)
-        self._reporter.on_step(step.plan, self._scheduler, len(taken) + num_ahead)
+            taken = self._take_decodes(requests, tokens, results, changed)
+            self._reporter.on_tokens(taken, now)
+            num_sampled += len(taken)
+        self._reporter.on_step(step.plan, self._scheduler, num_sampled)
         return changed
 
     def finish(self, request: Request) -> None:

@@ -238,9 +238,10 @@ def test_only_the_broken_request_ends(params: SamplingParams) -> None:
         assert outputs[b].outputs[0].token_ids == want[a].outputs[0].token_ids
 
 
-def test_a_request_may_break_late() -> None:
-    """What it has until then is kept."""
-    engine = tiny_engine()
+@pytest.mark.parametrize("options", [{}, pytest.param({"platform": "gpu", "num_steps": 4}, marks=pytest.mark.slow)], ids=str)
+def test_a_request_may_break_late(options: dict[str, Any]) -> None:
+    """What it has until then is kept, also where it breaks in the middle of a program's steps."""
+    engine = tiny_engine(**options)
     prompt = [token % 10 for token in random_prompts(3, [18])[0]]
     first = engine.add_request(prompt, greedy(20))
     tokens = run(engine)[first].outputs[0].token_ids
