@@ -10,6 +10,9 @@ from jaxserve.models.cache_layout import Reach
 from jaxserve.plan import PlanShape
 
 GPU_MIDDLE_TOKENS = 1024  # of a mixed step
+REPEATED_ROWS = (
+    64  # of programs of several steps at most: with more, steps take a GPU longer than the host, and whoever arrives waits
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Buckets:
     @cached_property
     def repeated_shapes(self) -> dict[int, PlanShape]:
         """The plans of programs that run several decode steps, by requests. No request needs two pages for as few steps."""
-        return {n: replace(s, num_steps=self.num_steps) for n, s in self.decode_shapes.items()} if self.num_steps > 1 else {}
+        shapes = {n: s for n, s in self.decode_shapes.items() if n <= REPEATED_ROWS and self.num_steps > 1}
+        return {n: replace(shape, num_steps=self.num_steps) for n, shape in shapes.items()}
 
     @cached_property
     def mixed_shapes(self) -> dict[int, PlanShape]:

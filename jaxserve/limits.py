@@ -13,7 +13,8 @@ class Limits:
         max_page_updates: changes of page tables that a plan can carry; at least one whole table.
         token_sizes: tokens that the programs of mixed steps are compiled for, ascending; none if every number costs its own.
         num_steps: Buckets.num_steps.
-        repeated_mode_rank: of the last of sampler.Mode that programs of several steps know.
+        repeated_rows: requests that programs of several steps hold.
+        repeated_mode_rank: of the last of sampler.Mode that they know.
     """
 
     max_num_seqs: int
@@ -21,6 +22,7 @@ class Limits:
     max_page_updates: int
     token_sizes: tuple[int, ...] = ()
     num_steps: int = 1
+    repeated_rows: int = 0
     repeated_mode_rank: int = 0
 
     def token_budget(self, least: int, wanted: int) -> int:

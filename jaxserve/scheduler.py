@@ -144,9 +144,10 @@ class Scheduler:
 
     def _plan_ahead(self, plan: StepPlan) -> None:
         """Plans more tokens for those requests, where a program runs several steps and one of them is in all of these."""
-        num_more, requests = self.limits.num_steps - 1, plan.decodes
-        if not num_more or any(r.mode_rank > self.limits.repeated_mode_rank for r in requests):
+        limits, requests = self.limits, plan.decodes
+        if len(requests) > limits.repeated_rows or any(r.mode_rank > limits.repeated_mode_rank for r in requests):
             return
+        num_more = limits.num_steps - 1
         if any(r.num_computed + num_more < r.max_num_tokens for r in requests):
             for _ in range(num_more):
                 requests, _ = self._go_on(requests, plan)

@@ -226,6 +226,7 @@ def _scheduler(build: Build) -> Scheduler:
         max_page_updates=buckets.max_page_updates,
         token_sizes=buckets.tokens,
         num_steps=buckets.num_steps,
+        repeated_rows=max(buckets.repeated_shapes, default=0),
         repeated_mode_rank=MODES.index(whole_mode(build.runtime)),
     )
     pool = PagePool(build.num_pages)

@@ -39,6 +39,7 @@ def build_of(model: Path, runtime: dict[str, Any], **options: Any) -> Build:
 def test_small_models_run_several_steps_on_an_h100(model: str, runtime: dict[str, Any], num_steps: int) -> None:
     build = build_of(MODELS / model, runtime)
     assert build.num_steps == build.buckets().num_steps == num_steps
+    assert bool(build.buckets().repeated_shapes) == (num_steps > 1)
 
 
 def test_steps_as_asked() -> None:

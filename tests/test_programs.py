@@ -33,6 +33,11 @@ def test_buckets_are_a_short_list() -> None:
     buckets = gpu_buckets()
     assert buckets.decode == (16, 64, 256)
     assert buckets.tokens == (384, 1024, 8192), "all requests' tokens and few of prompts; a middle; all"
+    repeated = choose_buckets("gpu", 256, 8192, pages_per_slot=512, page_size=16, num_steps=4).repeated_shapes
+    assert [(shape.num_rows, shape.num_steps) for shape in repeated.values()] == [
+        (16, 4),
+        (64, 4),
+    ] and not buckets.repeated_shapes
     assert choose_buckets("gpu", 256, 512, pages_per_slot=512, page_size=16).tokens == (512,)
     assert choose_buckets("gpu", 1024, 2048, pages_per_slot=512, page_size=16).tokens == (2048,)
     assert len(buckets.shapes) <= 10

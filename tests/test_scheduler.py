@@ -19,7 +19,7 @@ def request_of(order: int) -> Request:
 
 def running(num_pages: int, *orders: int, num_steps: int = 1) -> tuple[Scheduler, list[Request]]:
     """Requests that have computed their prompts and have a token to compute."""
-    limits = Limits(8, max_num_batched_tokens=32, max_page_updates=64, num_steps=num_steps, repeated_mode_rank=1)
+    limits = Limits(8, max_num_batched_tokens=32, max_page_updates=64, num_steps=num_steps, repeated_rows=2, repeated_mode_rank=1)
     scheduler = Scheduler(limits, PagePool(num_pages), PAGE_SIZE)
     requests = [request_of(order) for order in orders]
     for request in requests:
@@ -135,9 +135,9 @@ def test_a_request_without_a_page_stays_behind() -> None:
 
 
 def test_steps_are_planned_one_by_one_where_something_is_to_be_decided() -> None:
-    """A request waits, or wants more than programs of several steps can do, or none is in all of the steps."""
-    for case in ("waits", "shaped", "ends", "runs"):
-        scheduler, requests = running(6, 1, 2, num_steps=4)
+    """A request waits, or wants more than programs of several steps can do, none is in all of the steps, or they are too many."""
+    for case in ("waits", "shaped", "ends", "many", "runs"):
+        scheduler, requests = running(*(9, 1, 2, 3) if case == "many" else (6, 1, 2), num_steps=4)
         if case == "waits":
             scheduler.add(request_of(3))
             scheduler.pool.allocate()  # of the two pages that it needs one is left
@@ -147,5 +147,5 @@ def test_steps_are_planned_one_by_one_where_something_is_to_be_decided() -> None
             for request in requests:
                 request.max_num_tokens = 9
         plan = scheduler.schedule()
-        assert plan is not None and len(plan.decodes) == 2
+        assert plan is not None and plan.decodes == requests
         assert len(plan.ahead) == (3 if case == "runs" else 0), case

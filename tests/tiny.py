@@ -155,6 +155,7 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
         updates,
         sizes,
         options.num_steps,
+        max(buckets.repeated_shapes, default=0),
         MODES.index(whole_mode(Runtime(options.platform))),
     )
     cache = PrefixCache(pool, layout.num_tables) if options.prefix_caching and not options.recurrent else None
