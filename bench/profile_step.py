@@ -3,7 +3,8 @@
 usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096] [--out FILE]
 
 busy_ms is the time in which a kernel or a copy runs, a decode step, from a trace of the engine's own loop; idle_share what is left of
-step_ms, which is measured without a trace, as tracing makes the host slower than the device.
+around_ms, a step's time without a trace, as tracing makes the host slower than the device: the mean of steps before the trace and behind
+it, since contexts grow.
 """
 
 from __future__ import annotations
@@ -94,20 +95,24 @@ def host_times(decoding: Decoding, steps: int) -> dict[str, float]:
     }
 
 
-def idle_times(decoding: Decoding, steps: int, step_ms: float) -> dict[str, float]:
+def idle_times(decoding: Decoding, steps: int) -> dict[str, float]:
     """From a trace of the engine's steps; see the top of this file. Empty where the trace knows no GPU."""
     trace = tempfile.mkdtemp()
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0
-    request = decoding.engine.scheduler.running[0]
+    request, runner = decoding.engine.scheduler.running[0], decoding.engine.runner
+    before_ms = decoding.step(steps)
+    jax.block_until_ready(runner._last_tokens)  # what is under way now is not the trace's
     before = request.num_computed
     with jax.profiler.trace(trace, profiler_options=options):
         traced_ms = decoding.step(steps)
-        jax.block_until_ready(decoding.engine.runner._last_tokens)
+        jax.block_until_ready(runner._last_tokens)
+    around_ms = (before_ms + decoding.step(steps)) / 2
     busy_ms = busy_ns(device_intervals(trace)) / 1e6 / (request.num_computed - before)
     if not busy_ms:
         return {}
-    return {"busy_ms": round(busy_ms, 3), "idle_share": round(1 - busy_ms / step_ms, 4), "traced_step_ms": round(traced_ms, 3)}
+    times = {"busy_ms": busy_ms, "around_ms": around_ms, "idle_share": 1 - busy_ms / around_ms, "traced_step_ms": traced_ms}
+    return {name: round(time, 4) for name, time in times.items()}
 
 
 def device_intervals(trace: str) -> list[tuple[float, float]]:
@@ -225,9 +230,8 @@ def main() -> None:
         print("  ", report.name, f"{report.seconds:.1f} s, {report.trace_seconds:.1f} of them tracing", flush=True)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "model": args.model, "context": args.context, "batches": {}}
     for batch in args.batch:
-        decoding = Decoding(llm, batch, args.context, 60 + 4 * STEPS)
-        found = host_times(decoding, STEPS)
-        found |= idle_times(decoding, STEPS, found["step"])
+        decoding = Decoding(llm, batch, args.context, 60 + 6 * STEPS)
+        found = host_times(decoding, STEPS) | idle_times(decoding, STEPS)
         decoding.stop()
         print(f"== batch {batch}", json.dumps(found), flush=True)
         result["batches"][batch] = found | show(llm, [(1, args.context)] * batch)

@@ -10,9 +10,7 @@ from jaxserve.models.cache_layout import Reach
 from jaxserve.plan import PlanShape
 
 GPU_MIDDLE_TOKENS = 1024  # of a mixed step
-REPEATED_ROWS = (
-    64  # of programs of several steps at most: with more, steps take a GPU longer than the host, and whoever arrives waits
-)
+REPEATED_ROWS = 64  # of programs of several steps at most: more rows take a GPU longer than the host, and whoever arrives waits
 
 
 @dataclass(frozen=True)

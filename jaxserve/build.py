@@ -102,8 +102,8 @@ class Build:
                     "states. Leave it out."
                 )
             return asked
-        is_small = self.runtime.attention == "mosaic_gpu" and sum(map(local_bytes, self.weights)) < SMALL_BYTES
-        return SMALL_STEPS if can_repeat and is_small else 1
+        is_small = can_repeat and self.runtime.attention == "mosaic_gpu" and sum(map(local_bytes, self.weights)) < SMALL_BYTES
+        return SMALL_STEPS if is_small else 1
 
     @property
     def weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -70,7 +70,7 @@ class SchedulerConfig:
     num_scheduler_steps: int | None = option(
         None,
         "one GPU: decode steps that run for each time that the host plans, 1 to 8, while no request waits; tokens come as many at a "
-        "time (up to 64 requests; 4 for models whose step takes the host longer than an H100, those below 4 GB; 1 for others)",
+        "time (up to 64 requests; 4 for models whose step takes the host longer than an H100 or H200, those below 4 GB; 1 for others)",
     )
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs", "fcfs: in order of arrival; priority: the smaller a request's `priority`, the sooner it runs"

@@ -196,11 +196,18 @@ def _forward(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyMod
 def _repeated(shape: PlanShape, inputs: ProgramInputs, apply_model: step.ApplyModel, runtime: Runtime) -> Program:
     """Runs several decode steps, and samples in each; state and last tokens are donated."""
     state, replicated = jax.tree.map(lambda x: x.sharding, inputs.state), inputs.shardings.replicated
-    function = partial(step.decode_repeatedly, apply_model=apply_model, runtime=runtime, shape=shape)
+    function = partial(
+        step.decode_repeatedly,
+        apply_model=apply_model,
+        runtime=runtime,
+        shape=shape,
+        page_size=inputs.buckets.page_size,
+        mode=whole_mode(runtime),
+    )
     return Program(
         name=f"decode {shape.num_rows} x {shape.num_steps}",
         key=shape,
-        function=partial(function, page_size=inputs.buckets.page_size, mode=whole_mode(runtime)),
+        function=function,
         arguments=(inputs.weights, inputs.state, inputs.last_tokens, inputs.packed),
         donated=(1, 2),
         out_shardings=(state, replicated, replicated),

@@ -53,8 +53,7 @@ class CostModel:
 
     def step_s(self, plan: StepPlan, shape: PlanShape) -> float:
         """Seconds of a step that runs in a program of some shape."""
-        is_decode = shape.num_tokens == shape.num_rows
-        time_us = self.step_us + (self.row_us * shape.num_rows if is_decode else self.token_us * shape.num_tokens)
+        time_us = self.step_us + (self.row_us * shape.num_rows if shape.is_decode else self.token_us * shape.num_tokens)
         context = sum(request.num_computed for request in plan.decodes)
         context += sum(row.start + row.num_tokens for row in plan.rows)
         pairs = sum(row.num_tokens * (row.start + (row.num_tokens + 1) / 2) for row in plan.rows if row.num_tokens > 1)
