@@ -46,7 +46,7 @@ class KvPages:
 
     def can_start(self, table: PageTable, num_tokens: int) -> bool:
         """Whether a request can be had whose tokens will be so many, and of whose beginning `table` was found."""
-        held_by_others = sum(self.pool.holders(page) > 0 for page in table.held)
+        held_by_others = self.pool.num_held_of(table.held)
         needed = sum(
             min(self._pages(num_tokens) - column.num_passed, reach.max_pages(num_tokens, self.page_size, self._max_chunk))
             for reach, column in zip(self._reaches, table.columns, strict=True)
@@ -74,7 +74,7 @@ class KvPages:
         assert self.prefix_cache is not None
         for i in range(len(self._reaches)):
             if i not in self._windowed:
-                keys = keys[: self.prefix_cache.num_found(keys, i)]
+                keys = keys[: len(self.prefix_cache.pages(keys, i))]
         if not self._windowed:
             return len(keys)
         found, in_a_row = 0, [0] * len(self._reaches)
@@ -87,8 +87,7 @@ class KvPages:
 
     def _found_column(self, index: int, keys: Sequence[PageKey]) -> Column:
         passed = self._first_page(index, len(keys) * self.page_size)
-        cache = self.prefix_cache
-        pages = [page for key in keys[passed:] if cache is not None and (page := cache.page(key, index)) is not None]
+        pages = self.prefix_cache.pages(keys[passed:], index) if self.prefix_cache is not None else []
         return Column([NO_PAGE] * passed + pages, passed)
 
     def _first_page(self, index: int, position: int) -> int:
@@ -99,8 +98,7 @@ class KvPages:
 
     def share(self, table: PageTable) -> None:
         """One more request holds the table's pages."""
-        for page in table.held:
-            self.pool.share(page)
+        self.pool.share(table.held)
 
     def reserve(self, table: PageTable, start: int, stop: int, known: int, copies: list[tuple[int, int]]) -> bool:
         """Gets the pages to compute the tokens from `start` to `stop`, all or none.
@@ -124,7 +122,7 @@ class KvPages:
             column.pages += [self._allocate() for _ in range(count)]
         for column in written:
             copies.append((column.pages[index], self._allocate()))
-            self.pool.release(column.pages[index])
+            self.pool.release([column.pages[index]])
             column.pages[index] = copies[-1][1]
             column.num_sent = min(column.num_sent, index)
         table.is_shared = False  # from here on the request writes to pages of its own
@@ -148,23 +146,21 @@ class KvPages:
     def release_passed(self, table: PageTable, position: int) -> None:
         """Gives back the pages that are read no more when the token at `position` is computed next."""
         for i in self._windowed:
-            for page in table.columns[i].let_go(self._first_page(i, position)):
-                self._release(page)
+            self._release(table.columns[i].let_go(self._first_page(i, position)))
 
     def free(self, table: PageTable) -> None:
         """Gives back all pages of a table that is used no more."""
         # Back to front: the beginning of a prompt is what others share, so it should be the last to be reused.
         for column in table.columns:
-            for page in reversed(column.held):
-                self._release(page)
+            self._release(reversed(column.held))
 
     def _allocate(self) -> int:
         page = self.pool.allocate()
         assert page is not None, "the caller has counted the free pages"
         return page
 
-    def _release(self, page: int) -> None:
-        self.pool.release(page, keep=self.prefix_cache is not None and page in self.prefix_cache)
+    def _release(self, pages: Iterable[int]) -> None:
+        self.pool.release(pages, keep=() if self.prefix_cache is None else self.prefix_cache)
 
     # The prefix cache
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 
 class PagePool:
     """Reference-counted pages. A page nobody holds is free, but keeps its content until it is handed out again.
 
-    Free pages are handed out from the front: pages released with keep=True go to the back, so they leave in LRU order and
+    Free pages are handed out from the front: pages released to be kept go to the back, so they leave in LRU order and
     after all pages whose content is worthless.
 
     Attributes:
@@ -34,6 +34,10 @@ class PagePool:
         """How many requests hold the page."""
         return self._holders[page]
 
+    def num_held_of(self, pages: Iterable[int]) -> int:
+        """How many of these somebody holds."""
+        return sum(map(bool, map(self._holders.__getitem__, pages)))
+
     def allocate(self) -> int | None:
         """A page with one holder, or None when all are held."""
         if not self._free:
@@ -43,20 +47,24 @@ class PagePool:
         self._holders[page] = 1
         return page
 
-    def share(self, page: int) -> None:
-        """One more holder of a page, which may be free (a prefix hit takes it back)."""
-        if self._holders[page] == 0:
-            del self._free[page]
-        self._holders[page] += 1
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder of each page, which may be free (a prefix hit takes it back)."""
+        holders = self._holders  # thousands of pages in a step, where many requests begin alike
+        for page in pages:
+            if holders[page] == 0:
+                del self._free[page]
+            holders[page] += 1
 
-    def release(self, page: int, *, keep: bool = False) -> None:
-        """One holder less; the last one frees it. With keep, its content is worth holding on to."""
-        assert self._holders[page] > 0, f"page {page} is released but nobody holds it"
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
-            self._free[page] = None
-            if not keep:
-                self._free.move_to_end(page, last=False)
+    def release(self, pages: Iterable[int], keep: Container[int] = ()) -> None:
+        """One holder less of each page, in this order; the last one frees it. Those in `keep` are worth holding on to."""
+        holders = self._holders
+        for page in pages:
+            assert holders[page] > 0, f"page {page} is released but nobody holds it"
+            holders[page] -= 1
+            if holders[page] == 0:
+                self._free[page] = None
+                if page not in keep:
+                    self._free.move_to_end(page, last=False)
 
     def check_integrity(self, held: Sequence[int] | None = None) -> None:
         """Raises AssertionError where the free list and the counts disagree.

@@ -26,11 +26,8 @@ def root_key(*extras: str) -> PageKey:
 
 def page_keys(parent: PageKey, token_ids: Sequence[int], page_size: int) -> list[PageKey]:
     """The keys of the full pages that hold these tokens after what `parent` stands for."""
-    tokens, size, keys = array("i", token_ids).tobytes(), 4 * page_size, []
-    for start in range(0, len(tokens) - size + 1, size):
-        parent = hashlib.sha256(parent + tokens[start : start + size]).digest()
-        keys.append(parent)
-    return keys
+    tokens, size, sha256 = array("i", token_ids).tobytes(), 4 * page_size, hashlib.sha256
+    return [parent := sha256(parent + tokens[i : i + size]).digest() for i in range(0, len(tokens) - size + 1, size)]
 
 
 class PrefixCache:
@@ -47,7 +44,7 @@ class PrefixCache:
         self._key_of: dict[int, tuple[int, PageKey]] = {}
         pool.on_reuse = self.forget
 
-    def __contains__(self, page: int) -> bool:
+    def __contains__(self, page: object) -> bool:
         return page in self._key_of
 
     def page(self, key: PageKey, group: int = 0) -> int | None:
@@ -59,10 +56,10 @@ class PrefixCache:
         found = self._key_of.get(page)
         return None if found is None else found[0]
 
-    def num_found(self, keys: Sequence[PageKey], group: int = 0) -> int:
-        """How many pages of the beginning are here without a gap."""
-        pages = self._page_of[group]
-        return next((i for i, key in enumerate(keys) if key not in pages), len(keys))
+    def pages(self, keys: Sequence[PageKey], group: int = 0) -> list[int]:
+        """The pages of the beginning that are here without a gap, not yet held for the caller."""
+        found = list(map(self._page_of[group].get, keys))
+        return found[: found.index(None)] if None in found else found  # type: ignore[return-value]
 
     def add(self, key: PageKey, page: int, group: int = 0) -> None:
         """Records that a full page holds what the key stands for. The first page with a key keeps it."""

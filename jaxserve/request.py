@@ -162,7 +162,7 @@ class Request:
         wanted = (params.logprobs, params.prompt_logprobs, num_candidates)
         self.wants_all_logprobs = any(n is not None and (n < 0 or n > MAX_LOGPROBS) for n in wanted)
         self.logprobs = [] if params.logprobs is not None else None
-        self.prompt_logprobs = [None] * self.num_prompt_tokens
+        self.prompt_logprobs = [None] * self.num_prompt_tokens if params.prompt_logprobs is not None else []
 
     @property
     def wants_prompt_logprobs(self) -> bool:

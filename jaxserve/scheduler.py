@@ -293,22 +293,24 @@ class Scheduler:
             if request.is_held:
                 position += 1
                 continue
-            if request.num_in_flight or not self._fits(request, plan):
+            table = None if request.num_in_flight else self._fitting_table(request, plan)
+            if table is None:
                 if request.num_passed >= MAX_PASSED:
                     break
                 passed.append(request)
                 position += 1
                 continue
-            self._start(request, plan)
+            self._start(request, table, plan)
             for skipped in passed:
                 skipped.num_passed += 1
 
-    def _fits(self, request: Request, plan: StepPlan) -> bool:
-        """Whether all pages of the request's known tokens, and of one more, can be had now."""
+    def _fitting_table(self, request: Request, plan: StepPlan) -> PageTable | None:
+        """What is cached of the request, if all pages of its known tokens, and of one more, can be had now."""
         num_tokens = len(request.token_ids) + 1
         if plan.num_page_updates + self.pages.max_pages(num_tokens) > self.limits.max_page_updates:
-            return False
-        return self.pages.can_start(self._find_prefix(request), num_tokens)
+            return None
+        table = self._find_prefix(request)
+        return table if self.pages.can_start(table, num_tokens) else None
 
     def _find_prefix(self, request: Request) -> PageTable:
         if self.prefix_cache is None or request.wants_prompt_logprobs:
@@ -317,9 +319,9 @@ class Scheduler:
         # The last token is always computed: its logits are wanted.
         return self.pages.find(request.page_keys[: (len(request.token_ids) - 1) // self.page_size])
 
-    def _start(self, request: Request, plan: StepPlan) -> None:
-        request.table = self._find_prefix(request)
-        self.pages.share(request.table)
+    def _start(self, request: Request, table: PageTable, plan: StepPlan) -> None:
+        request.table = table
+        self.pages.share(table)
         request.num_computed = request.table.num_cached * self.page_size
         if self.prefix_cache is not None and request.num_preemptions == 0:
             self.prefix_cache.queries += request.num_prompt_tokens
@@ -327,7 +329,7 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed
         num_tokens = self._chunk(request, plan, num_behind=0)
         reserved = self._reserve(request, num_tokens, plan)
-        assert reserved, "_fits has counted the pages"
+        assert reserved, "_fitting_table has counted the pages"
         self.waiting.remove(request)
         self._run(request)
         self._add_row(request, num_tokens, plan)

@@ -22,10 +22,10 @@ def test_random_use_keeps_the_books(actions: list[tuple[str, int]]) -> None:
         elif held:
             page = held[which % len(held)]
             if action == "share":
-                pool.share(page)
+                pool.share([page])
                 held.append(page)
             else:
-                pool.release(page, keep=action == "keep")
+                pool.release([page], keep=[page] if action == "keep" else ())
                 held.remove(page)
         pool.check_integrity()
         assert pool.num_held == len(set(held))
@@ -36,13 +36,13 @@ def test_worthless_pages_go_first_then_the_oldest_kept() -> None:
     pool = PagePool(4)
     pages = [pool.allocate() for _ in range(4)]
     for page, keep in zip([2, 0, 3, 1], [True, False, True, False], strict=True):
-        pool.release(page, keep=keep)
+        pool.release([page], keep=[page] if keep else ())
     assert [pool.allocate() for _ in pages] == [1, 0, 2, 3]
 
 
 def test_release_of_a_free_page_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="nobody holds"):
-        PagePool(1).release(0)
+        PagePool(1).release([0])
 
 
 def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
@@ -53,15 +53,14 @@ def test_prefix_cache_finds_chains_and_forgets_reused_pages() -> None:
     pages = [pool.allocate(), pool.allocate()]
     cache.add(first, pages[0])
     cache.add(second, pages[1])
-    assert cache.num_found([first, second, b"other"]) == 2
+    assert cache.pages([first, second, b"other"]) == pages
     assert [cache.page(key) for key in (first, second, b"other")] == [*pages, None]
-    assert cache.num_found([b"other", second]) == 0
-    for page in reversed(pages):
-        pool.release(page, keep=page in cache)
-    assert cache.num_found([first, second]) == 2
-    pool.share(pages[0])  # a hit takes the free page back
+    assert cache.pages([b"other", second]) == []
+    pool.release(reversed(pages), keep=cache)
+    assert cache.pages([first, second]) == pages
+    pool.share(pages[:1])  # a hit takes the free page back
     assert pool.allocate() == pages[1]
-    assert cache.num_found([first, second]) == 1
+    assert cache.pages([first, second]) == pages[:1]
     cache.check_integrity()
 
 
