@@ -216,6 +216,16 @@ def test_the_noise_is_threefry() -> None:
         np.testing.assert_array_equal(words, threefry_2x32(key, jnp.concatenate([counter, jnp.zeros_like(counter)]))[:100])
 
 
+@pytest.mark.parametrize("size", [5, 256, 1000])
+def test_the_largest_is_where_argmax_has_it(size: int) -> None:
+    """The first of equal ones, across tiles too; NaN is as infinite; and something where all are banned."""
+    x = np.random.default_rng(1).integers(-3, 3, (6, size)).astype(np.float32)
+    x[1], x[2, size // 2], x[3, [1, -1]], x[4, -1] = -np.inf, np.inf, np.nan, 9
+    place, largest = jax.jit(sampler._find_largest)(x)
+    np.testing.assert_array_equal(place, np.argmax(x, axis=-1))
+    np.testing.assert_array_equal(largest, np.max(np.nan_to_num(x, nan=np.inf, posinf=np.inf, neginf=-np.inf), axis=-1))
+
+
 def test_the_likeliest_tokens_are_those_of_a_sort() -> None:
     """Of a vocabulary of many tiles, the last one not full, with equal values in and across tiles."""
     logprobs = np.random.default_rng(6).integers(-40, 0, (3, 5 * 2048 + 1)).astype(np.float32)
