@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
+from jaxserve.pallas_kernels.drawn_tokens import draw, draws_by_kernel, gumbel
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept, order_of
 from jaxserve.pallas_kernels.paged_attention import Implementation
 from jaxserve.plan import (
@@ -70,7 +71,7 @@ def sample(
         mode: see Mode.
         shaping: the penalties and biases by slot, for the modes that have them.
         is_branching: find out on the device what these rows need of the mode, and do no more.
-        implementation: what finds the tokens that top-k, top-p and min-p keep.
+        implementation: what finds the tokens that top-k, top-p and min-p keep, and draws.
 
     Returns:
         (outputs, shaping after these tokens). Outputs: tokens [S], NO_TOKEN where there is none; with Mode.LOGPROBS also logprob and rank of the token
@@ -81,7 +82,8 @@ def sample(
     if is_branching:
         tokens = _tokens_as_needed(raw, samples, shaping, implementation)
     else:
-        noise = None if mode is Mode.GREEDY else _gumbel(samples, raw.shape[1])
+        has_noise = mode is not Mode.GREEDY and not draws_by_kernel(implementation, raw.shape[1])
+        noise = _noise(samples, raw.shape[1]) if has_noise else None
         tokens = _tokens(raw, samples, shaping, noise, mode=mode, implementation=implementation)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
@@ -105,7 +107,7 @@ def _tokens_as_needed(
 
     def drawn() -> Array:
         branches = [partial(_tokens, mode=m, implementation=implementation) for m in modes]
-        tokens: Array = lax.switch(needed - 1, branches, raw, samples, shaping, _gumbel(samples, raw.shape[1]))
+        tokens: Array = lax.switch(needed - 1, branches, raw, samples, shaping, _noise(samples, raw.shape[1]))
         return tokens
 
     tokens: Array = lax.cond(needed > 0, drawn, lambda: _tokens(raw, samples, shaping, None, mode=Mode.GREEDY))
@@ -128,30 +130,22 @@ def _tokens(
     mode: Mode,
     implementation: Implementation = "xla",
 ) -> Int[Array, " S"]:
-    """The row's tokens, the best ones without noise; NO_TOKEN where the best logit is not finite."""
+    """The rows' tokens; NO_TOKEN where the best logit is not finite. Without noise the kernel makes it, if the mode wants it."""
     logits = shape_logits(raw, shaping, samples) if shaping is not None and mode.needs_shaping else raw
-    greedy, best = _find_largest(logits)
-    tokens = greedy if noise is None else _draw(logits, samples, mode, greedy, noise, implementation)
-    return jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
-
-
-def _draw(
-    logits: Float[Array, "S V"],
-    samples: Int[Array, "S fields"],
-    mode: Mode,
-    greedy: Int[Array, " S"],
-    noise: Float[Array, "S V"],
-    implementation: Implementation,
-) -> Int[Array, " S"]:
-    """A token of each row's distribution; the best one where its temperature is 0."""
-    temperature = bits_to_float(samples[:, TEMPERATURE])
-    cuts = cuts_of(samples)
-    # A choice, so that no compiler adds the noise within the product: every mode must round alike.
-    scaled = jnp.where((temperature > 0)[:, None], logits * cuts.scale[:, None], logits)
-    if mode is not Mode.PLAIN:
-        least = least_kept(logits, cuts, implementation)
-        scaled = jnp.where(order_of(scaled) >= least[:, None], scaled, -jnp.inf)
-    return jnp.where(temperature > 0, _find_largest(scaled + noise)[0], greedy)
+    if mode is Mode.GREEDY:
+        place, best = _find_largest(logits)
+    else:
+        cuts, is_drawn = cuts_of(samples), bits_to_float(samples[:, TEMPERATURE]) > 0
+        keeps_all = jnp.full(logits.shape[:1], np.iinfo(np.int32).min, jnp.int32)
+        least = keeps_all if mode is Mode.PLAIN else least_kept(logits, cuts, implementation)
+        if noise is None:
+            place, best = draw(logits, cuts.scale, least, is_drawn, _row_keys(samples))
+        else:
+            # A choice, so that no compiler adds the noise within the product: every mode must round alike.
+            scaled = jnp.where(is_drawn[:, None], logits * cuts.scale[:, None], logits)
+            kept = jnp.where(order_of(scaled) >= least[:, None], scaled, -jnp.inf)
+            place, best = _find_largest(jnp.where(is_drawn[:, None], kept + noise, logits))
+    return jnp.where(jnp.isfinite(best), place, NO_TOKEN)
 
 
 def _find_largest(x: Float[Array, "S V"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
@@ -183,37 +177,22 @@ def cuts_of(samples: Int[Array, "S fields"]) -> Cuts:
     )
 
 
-def _gumbel(samples: Int[Array, "S fields"], vocab_size: int) -> Float[Array, "S V"]:
-    """Gumbel noise whose argmax with the logits is a draw from their softmax; key = fold_in(seed, position).
-
-    On a GPU the noise is most of what drawing takes, so it has as few rounds of Threefry as pass every test of BigCrush:
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
-    """
+def _row_keys(samples: Int[Array, "S fields"]) -> Int[Array, "S 2"]:
+    """The words of each row's key: fold_in(seed, position)."""
 
     def row_key(fields: Int[Array, " fields"]) -> UInt[Array, " 2"]:
         seed = lax.bitcast_convert_type(fields[jnp.array([SEED_HIGH, SEED_LOW])], jnp.uint32)
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), fields[POSITION]))
 
-    keys = jax.vmap(row_key)(samples)
+    return lax.bitcast_convert_type(jax.vmap(row_key)(samples), jnp.int32)
+
+
+def _noise(samples: Int[Array, "S fields"], vocab_size: int) -> Float[Array, "S V"]:
+    """Gumbel noise, whose argmax with the logits is a draw from their softmax."""
+    keys = _row_keys(samples)
     # Numbers that come from memory: of numbers that it makes, XLA for GPUs keeps 256 x 151,936 noise bits for another kernel.
-    counter = lax.optimization_barrier(jnp.arange(vocab_size, dtype=jnp.uint32)[None])
-    bits = _threefry(keys[:, :1], keys[:, 1:], counter, rounds=13)
-    uniform = lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1
-    return -jnp.log(-jnp.log(jnp.maximum(uniform, np.finfo(np.float32).tiny)))
-
-
-def _threefry(key0: UInt[Array, "S 1"], key1: UInt[Array, "S 1"], counter: UInt[Array, "1 V"], rounds: int) -> UInt[Array, "S V"]:
-    """The first word of Threefry-2x32 for the counters (counter, 0)."""
-    keys = key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA)
-    x, y = counter + key0, jnp.broadcast_to(key1, (key1.shape[0], counter.shape[1]))
-    for i in range(rounds):
-        turn = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
-        x += y
-        y = ((y << turn) | (y >> (32 - turn))) ^ x
-        if i % 4 == 3:
-            n = i // 4 + 1
-            x, y = x + keys[n % 3], y + keys[(n + 1) % 3] + jnp.uint32(n)
-    return x
+    counter = lax.optimization_barrier(jnp.arange(vocab_size, dtype=jnp.int32)[None])
+    return gumbel(keys[:, :1], keys[:, 1:], counter)
 
 
 def _logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> dict[str, Array]:

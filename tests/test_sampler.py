@@ -13,6 +13,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from jaxserve import sampler, shaping, step
+from jaxserve.pallas_kernels.drawn_tokens import threefry
 from jaxserve.plan import NO_TARGET, POSITION, SAMPLE_FIELDS, SLOT, TARGET
 from jaxserve.request import RequestGroup, sample_fields
 from jaxserve.sampler import Mode, sample
@@ -210,10 +211,11 @@ def test_a_branching_sampler_does_what_the_rows_need(mode: Mode) -> None:
 
 def test_the_noise_is_threefry() -> None:
     """With all 20 rounds, the words that jax makes."""
-    keys, counter = jnp.array([[123456789, 2**32 - 5], [0, 0]], jnp.uint32), jnp.arange(100, dtype=jnp.uint32)
-    got = sampler._threefry(keys[:, :1], keys[:, 1:], counter[None], rounds=20)
+    keys, counter = np.array([[123456789, 2**32 - 5], [0, 0]], np.uint32), np.arange(100, dtype=np.uint32)
+    key0, key1 = keys.view(np.int32).T[..., None]
+    got = np.asarray(threefry(key0, key1, counter.view(np.int32)[None], rounds=20)).view(np.uint32)
     for key, words in zip(keys, got, strict=True):
-        np.testing.assert_array_equal(words, threefry_2x32(key, jnp.concatenate([counter, jnp.zeros_like(counter)]))[:100])
+        np.testing.assert_array_equal(words, threefry_2x32(key, np.concatenate([counter, np.zeros_like(counter)]))[:100])
 
 
 @pytest.mark.parametrize("size", [5, 256, 1000])

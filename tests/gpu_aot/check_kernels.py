@@ -22,6 +22,7 @@ from jaxserve.build import Build
 from jaxserve.compiling import compile_program
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.collectives import all_reduce_normed
+from jaxserve.pallas_kernels.drawn_tokens import draw
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows
@@ -184,15 +185,26 @@ def test_thresholds_spill_nothing(vocab: int, capfd: pytest.CaptureFixture[str])
     assert found and max(found) == 0
 
 
+@pytest.mark.parametrize("vocab", [600, 50257, 128256, 262144])
+def test_draws_spill_nothing(vocab: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+    floats = array(64, vocab, dtype=jnp.float32), array(64, dtype=jnp.float32)
+    jax.jit(draw).lower(*floats, array(64), array(64, dtype=jnp.bool_), array(64, 2)).compile()
+    found = spilled("".join(capfd.readouterr()))
+    assert found and max(found) == 0
+
+
 @pytest.mark.parametrize("devices", [1, 2])
-def test_every_sample_program_finds_thresholds_by_the_kernel(devices: int, tmp_path: Path) -> None:
+def test_every_sample_program_runs_its_kernels(devices: int, tmp_path: Path) -> None:
     """Each device its own copy, of all rows: nothing is exchanged."""
     model = plan(write_config(tmp_path, num_hidden_layers=1), f"gpu:h100:{devices}", devices)
     programs = [p for p in declare_programs(model.inputs(), model.model.apply, model.runtime) if p.name.startswith("sample")]
     assert [p.name for p in programs] == ["sample 16 full", "sample 64 full", "sample 256 full", "sample logprobs"]
     for program in programs[-2:]:
         text = compile_program(program, model.runtime)[0].as_text()
-        assert text.count('custom_call_target="mosaic_gpu') == 1
+        assert text.count('custom_call_target="mosaic_gpu') == 2
         assert not count_collectives(text)
 
 
