@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxserve.models.cache_layout import Reach
+from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_plan import ALIGN
 from jaxserve.plan import PlanShape
 
 GPU_MIDDLE_TOKENS = 1024  # of a mixed step
@@ -25,6 +26,7 @@ class Buckets:
         pages_per_slot: entries of a column of a request's page table.
         column_pages: pages that a request holds at most in each of the columns.
         num_steps: decode steps of those programs that run several; 1 if there are none.
+        align: the first row with more than one token begins at a multiple of it among a step's tokens, where there is room.
     """
 
     decode: tuple[int, ...]
@@ -35,6 +37,7 @@ class Buckets:
     page_size: int
     column_pages: tuple[int, ...]
     num_steps: int = 1
+    align: int = 1
 
     @property
     def num_tables(self) -> int:
@@ -92,6 +95,12 @@ class Buckets:
         fitting = (s for s in self.mixed_shapes.values() if num_tokens <= s.num_tokens and num_page_updates <= s.num_page_updates)
         return next(fitting)
 
+    def gap(self, num_single: int, num_rows: int, num_tokens: int, shape: PlanShape) -> int:
+        """Rows of one token that are nobody's, behind the `num_single` that are somebody's; none where the plan has no room."""
+        gap = -num_single % self.align
+        has_room = num_rows + gap <= shape.num_rows and num_tokens + gap <= shape.num_tokens
+        return gap if has_room and num_single < num_rows else 0
+
 
 def choose_buckets(
     platform: str,
@@ -115,6 +124,7 @@ def choose_buckets(
         page_size=page_size,
         column_pages=tuple(r.max_pages(pages_per_slot * page_size, page_size, max_num_batched_tokens) for r in reaches),
         num_steps=num_steps,
+        align=ALIGN if platform == "gpu" else 1,
     )
 
 

@@ -15,6 +15,7 @@ class Limits:
         num_steps: Buckets.num_steps.
         repeated_rows: requests that programs of several steps hold.
         repeated_mode_rank: of the last of sampler.Mode that they know.
+        align: Buckets.align.
     """
 
     max_num_seqs: int
@@ -24,6 +25,7 @@ class Limits:
     num_steps: int = 1
     repeated_rows: int = 0
     repeated_mode_rank: int = 0
+    align: int = 1
 
     def token_budget(self, least: int, wanted: int) -> int:
         """Tokens that a step should have at most: as many as a program has that they fill by three quarters.

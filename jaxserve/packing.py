@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxserve.buckets import Buckets
-from jaxserve.plan import NO_TARGET, ON_DEVICE, POSITION, SAMPLE_FIELDS, SLOT, TARGET, PlanBuffer
+from jaxserve.plan import NO_TARGET, NOBODYS, ON_DEVICE, POSITION, SAMPLE_FIELDS, SLOT, TARGET, PlanBuffer
 from jaxserve.step_plan import SampleRow, StepPlan
+
+NOBODY = (0, NOBODYS, 1)  # slot, position and tokens of a row that is nobody's: it has no keys
 
 
 class Packer:
@@ -74,17 +76,21 @@ class Packer:
         token_ids: list[int] = []
         logit_rows: list[int] = []
         first = len(plan.decodes)
-        for row in plan.rows:
+        num_single = sum(row.num_tokens == 1 for row in plan.rows)
+        gap = self._buckets.gap(first + num_single, plan.num_rows, plan.num_tokens, buffer.shape)
+        places = [(row.request.slot, row.start, row.num_tokens) for row in plan.rows]
+        places[num_single:num_single] = [NOBODY] * gap
+        for number, row in enumerate(plan.rows):
+            if number == num_single:
+                token_ids += [0] * gap
             at = first + len(token_ids)
             token_ids += row.request.token_ids[row.start : row.start + row.num_tokens] or (ON_DEVICE,)
             logit_rows += range(at, at + row.num_targets)
             logit_rows += [at + row.num_tokens - 1] * len(row.samples)
-        end = first + len(plan.rows)
+        end = first + len(places)
         buffer.token_ids[first : first + len(token_ids)] = token_ids
-        buffer.row_slot[first:end] = [row.request.slot for row in plan.rows]
-        buffer.row_position[first:end] = [row.start for row in plan.rows]
-        buffer.row_tokens[first:end] = [row.num_tokens for row in plan.rows]
-        buffer.num_single_rows[0] += sum(row.num_tokens == 1 for row in plan.rows)
+        buffer.row_slot[first:end], buffer.row_position[first:end], buffer.row_tokens[first:end] = zip(*places, strict=True)
+        buffer.num_single_rows[0] += num_single + gap
         buffer.logit_rows[first : first + len(logit_rows)] = logit_rows
 
     def _pack_sampled(self, sampled: Sequence[SampleRow], first: int, buffer: PlanBuffer) -> None:

@@ -96,7 +96,13 @@ class Scheduler:
         waiting = sum(len(r.token_ids) for r in self.waiting[: self.num_free_slots])  # prefix hits are not known yet
         demand = plan.num_tokens + sum(n for n, _ in wanted) + waiting
         plan.token_budget = self.limits.token_budget(plan.num_tokens + len(wanted), demand)
-        order = [r for n, r in wanted if n == 1] + [r for n, r in wanted if n > 1]
+        single = [r for n, r in wanted if n == 1]
+        room = plan.token_budget - plan.num_tokens - len(single)
+        if demand > plan.token_budget == self.limits.max_num_batched_tokens and room >= self.limits.align:
+            # In full steps alone: of a small one what is left free is more, and prompts have fewer tiles of attention to lose.
+            plan.align = self.limits.align
+            plan.token_budget -= room % plan.align  # for the rows of nobody's that the packer puts before the prompts
+        order = single + [r for n, r in wanted if n > 1]
         for num_behind, request in zip(range(len(order) - 1, -1, -1), order, strict=True):
             self._continue(request, plan, num_behind)
         if self.num_preemptions == preemptions:
@@ -199,7 +205,8 @@ class Scheduler:
         wanted = min(request.num_to_compute, plan.token_budget - plan.num_tokens)
         if request.wants_prompt_logprobs:
             wanted = min(wanted, self.limits.max_num_seqs - plan.num_samples - num_behind)
-        return wanted
+        over = (request.num_computed + wanted) % plan.align
+        return wanted - over if over < wanted < request.num_to_compute else wanted
 
     def _reserve(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Gets the pages for the request's next tokens, all or none; what it shares and will write is to be copied."""
@@ -287,7 +294,7 @@ class Scheduler:
         while position < len(self.waiting) and len(passed) < MAX_LOOKED_AT:
             if not self.num_free_slots or plan.num_samples >= self.limits.max_num_seqs:
                 break
-            if plan.num_tokens >= plan.token_budget:
+            if plan.token_budget - plan.num_tokens < plan.align:
                 break
             request = self.waiting[position]
             if request.is_held:

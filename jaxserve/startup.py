@@ -228,6 +228,7 @@ def _scheduler(build: Build) -> Scheduler:
         num_steps=buckets.num_steps,
         repeated_rows=max(buckets.repeated_shapes, default=0),
         repeated_mode_rank=MODES.index(whole_mode(build.runtime)),
+        align=buckets.align,
     )
     pool = PagePool(build.num_pages)
     # A page alone cannot be gone on from where layers also keep a state.

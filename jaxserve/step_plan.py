@@ -54,6 +54,7 @@ class StepPlan:
         rows: all other requests of the step.
         placed: requests that have just got their slot.
         token_budget: what num_tokens may come to.
+        align: a chunk that does not end its prompt ends at a multiple of it, and for fewer tokens no request is started.
         page_copies: (from, to) pages to copy before the step.
         forks: (from, to) slots: before the step, the second goes on from where the first is; all at once.
     """
@@ -65,6 +66,7 @@ class StepPlan:
     placed: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     token_budget: int = 0
+    align: int = 1
     num_samples: int = 0
     num_page_updates: int = 0
     page_copies: list[tuple[int, int]] = field(default_factory=list)

@@ -61,7 +61,7 @@ class StepBatch:
     Rows with exactly one token come first (num_single_rows of them), so that kernels can treat them as decode; T = B says
     that there are no others.
     Padding tokens have position 0 and a write_slot past the pool; padding rows have kv_len 0 and no tokens, or one, if they stand
-    among rows with one token.
+    among rows with one token or behind them.
 
     Attributes:
         token_ids: [T].

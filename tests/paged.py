@@ -11,6 +11,7 @@ import numpy as np
 from jaxserve.models.cache_layout import group_layers
 from jaxserve.models.description import ModelDescription
 from jaxserve.models.interface import Runtime, StepBatch
+from jaxserve.packing import NOBODY
 from jaxserve.plan import PlanBuffer, PlanShape, apply_page_updates, step_batch, unpack
 from jaxserve.runner import abstract_state
 from jaxserve.sharding import Shardings, make_mesh
@@ -37,6 +38,7 @@ def paged_logits(
     num_decoded: int,
     devices: int = 1,
     decode_alone: bool = True,
+    num_nobodys: int = 0,
 ) -> np.ndarray:
     """Logits [B, n, V] of tokens [B, n], all rows in step: chunks of `chunk`, the last `num_decoded` one by one.
 
@@ -44,6 +46,7 @@ def paged_logits(
 
     Args:
         decode_alone: single tokens run in programs of their own size; otherwise in those of the chunks, as beside a prefill.
+        num_nobodys: rows of one token that are nobody's, behind single tokens and before chunks.
     """
     num_rows, length = tokens.shape
     mesh = make_mesh(devices)
@@ -66,17 +69,20 @@ def paged_logits(
     starts = [*range(0, length - num_decoded, chunk), *range(length - num_decoded, length)]
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         count = end - start
-        width = num_rows * (1 if count == 1 and decode_alone else max(chunk, 16))
-        buffer = PlanBuffer(PlanShape(width, num_rows, width, entries), num_rows)
-        buffer.num_single_rows[0] = num_rows if count == 1 else 0
-        buffer.token_ids[: num_rows * count] = tokens[:, start:end].ravel()
-        buffer.row_slot[:] = range(num_rows)
-        buffer.row_position[:] = start
-        buffer.row_tokens[:] = count
+        width = num_rows * (1 if count == 1 and decode_alone else max(chunk, 16)) + num_nobodys
+        buffer = PlanBuffer(PlanShape(width, num_rows + num_nobodys, width, entries), num_rows)
+        first = 0 if count == 1 else num_nobodys
+        row, token = slice(first, first + num_rows), slice(first, first + num_rows * count)
+        buffer.num_single_rows[0] = num_nobodys + (num_rows if count == 1 else 0)
+        buffer.token_ids[token] = tokens[:, start:end].ravel()
+        buffer.row_slot[:], buffer.row_position[:], buffer.row_tokens[:] = NOBODY
+        buffer.row_slot[row] = range(num_rows)
+        buffer.row_position[row] = start
+        buffer.row_tokens[row] = count
         if start == 0:
             buffer.page_index[:] = range(entries)
             buffer.page_id[:] = ids
-        buffer.logit_rows[: num_rows * count] = range(num_rows * count)
+        buffer.logit_rows[: num_rows * count] = range(first, first + num_rows * count)
         # As step.forward, but not as one program: each kind of layer is compiled once, by itself, for a third of the time.
         page_tables, batch = _read_plan(page_tables, last_tokens, buffer.packed, buffer.shape)
         out, caches = model.apply(weights, batch, caches, runtime)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
+from jaxserve.packing import Packer
+from jaxserve.plan import PlanBuffer
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from tests.tiny import VOCAB, assert_greedy, dense_logits, greedy, run, tiny_engine
 from tests.tiny import random_prompts as prompts
@@ -26,6 +30,25 @@ def test_equals_full_recompute(page_size: int, window: int | None) -> None:
         assert_greedy(prompt, tokens, window)
 
 
+@pytest.mark.parametrize("recurrent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_of_nobodys_change_nothing(recurrent: bool) -> None:
+    engine = tiny_engine(align=4, recurrent=recurrent)
+    packer, nobodys = engine.runner._packer, []
+
+    def pack(*args: Any) -> PlanBuffer:
+        buffer = Packer.pack(packer, *args)
+        nobodys.append(int((buffer.row_position < 0).sum()))
+        return buffer
+
+    packer.pack = pack
+    work = prompts(2, [1, 5, 90, 17, 40, 100, 130, 64])
+    ids = [engine.add_request(p, greedy(20)) for p in work]
+    outputs = run(engine)
+    assert {1, 2, 3} <= set(nobodys)
+    for request_id, prompt in zip(ids, work, strict=True):
+        assert_greedy(prompt, outputs[request_id].outputs[0].token_ids, recurrent=recurrent)
+
+
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
@@ -34,10 +57,13 @@ def test_equals_full_recompute(page_size: int, window: int | None) -> None:
     out=st.lists(st.integers(1, 40), min_size=8, max_size=8),
     arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8),
     num_pages=st.sampled_from([16, 64]),
+    align=st.sampled_from([1, 4]),
 )
-def test_any_arrival_order_and_pool(seed: int, lengths: list[int], out: list[int], arrivals: list[int], num_pages: int) -> None:
+def test_any_arrival_order_and_pool(
+    seed: int, lengths: list[int], out: list[int], arrivals: list[int], num_pages: int, align: int
+) -> None:
     """A pool of 16 pages holds one full request alone: most of these runs preempt."""
-    engine = tiny_engine(num_pages=num_pages)
+    engine = tiny_engine(num_pages=num_pages, align=align)
     work = prompts(seed, lengths)
     outputs, ids = {}, {}
     for i, prompt in enumerate(work):

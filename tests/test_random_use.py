@@ -137,10 +137,19 @@ class User:
     ids=str,
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(actions=st.lists(ACTIONS, min_size=3, max_size=30), num_pages=st.sampled_from([17, 40]), rows=st.sampled_from([2, 8]))
-def test_every_request_ends_exactly_once(options: dict[str, Any], actions: list[Any], num_pages: int, rows: int) -> None:
+@given(
+    actions=st.lists(ACTIONS, min_size=3, max_size=30),
+    num_pages=st.sampled_from([17, 40]),
+    rows=st.sampled_from([2, 8]),
+    align=st.sampled_from([1, 4]),
+)
+def test_every_request_ends_exactly_once(
+    options: dict[str, Any], actions: list[Any], num_pages: int, rows: int, align: int
+) -> None:
     """A pool of 17 pages (more, where given) holds one request of the greatest length: most of these runs preempt."""
-    engine = tiny_engine(**{"num_pages": num_pages, "max_num_seqs": rows, "scheduling_policy": "priority"} | options)
+    engine = tiny_engine(
+        **{"num_pages": num_pages, "max_num_seqs": rows, "align": align, "scheduling_policy": "priority"} | options
+    )
     user = User(engine)
     for name, *args in actions:
         getattr(user, name)(*args)

@@ -149,3 +149,41 @@ def test_steps_are_planned_one_by_one_where_something_is_to_be_decided() -> None
         plan = scheduler.schedule()
         assert plan is not None and plan.decodes == requests
         assert len(plan.ahead) == (3 if case == "runs" else 0), case
+
+
+def chunks(limits: Limits, lengths: list[int], num_steps: int) -> list[list[int]]:
+    """Tokens of each row, of steps in which every request goes on as soon as it can."""
+    scheduler = Scheduler(limits, PagePool(400), PAGE_SIZE)
+    for order, length in enumerate(lengths):
+        group = RequestGroup(f"r{order}", list(range(length)), SamplingParams(), max_output_tokens=50, stop_ids=frozenset())
+        scheduler.add(Request(group, 0, 0, (0, order)))
+    steps = []
+    for _ in range(num_steps):
+        plan = scheduler.schedule()
+        assert plan is not None and plan.num_tokens <= limits.max_num_batched_tokens
+        steps.append([1] * len(plan.decodes) + [row.num_tokens for row in plan.rows])
+        scheduler.check_integrity()
+    return steps
+
+
+def test_a_chunk_of_a_full_step_ends_where_a_tile_may_begin() -> None:
+    """And there is room for the longer rows to begin at one."""
+    limits = Limits(20, max_num_batched_tokens=64, max_page_updates=400, token_sizes=(24, 64), align=8)
+    assert chunks(limits, [3, 5, 100, 40, 60, 24], 5) == [
+        [3, 5, 56],
+        [1, 1, 44, 8],  # 56 tokens behind two and a gap of six, of which the first prompt leaves 12
+        [1, 1, 1, 32, 24],
+        [1, 1, 1, 1, 36, 24],  # nothing is left over, so nothing is cut
+        [1] * 6,
+    ]
+
+
+def test_a_step_that_is_not_full_or_small_is_not_cut_for_tiles() -> None:
+    limits = Limits(20, max_num_batched_tokens=64, max_page_updates=400, token_sizes=(24, 64), align=8)
+    assert chunks(limits, [3, 5, 53], 2) == [[3, 5, 53], [1, 1, 1]]
+    assert chunks(limits, [3, 29], 3) == [[3, 21], [1, 8], [1, 1]]
+
+
+def test_a_budget_below_a_tiles_alignment_is_used() -> None:
+    limits = Limits(4, max_num_batched_tokens=6, max_page_updates=400, align=8)
+    assert chunks(limits, [1, 20], 6) == [[1, 5], [1, 5], [1, 5], [1, 5], [1, 1], [1, 1]]

@@ -107,6 +107,7 @@ class TinyOptions:
     prefix_caching: bool = True
     seed: int = 0
     scheduling_policy: str = "fcfs"
+    align: int = 1
 
 
 @cache
@@ -157,7 +158,9 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
         options.num_steps,
         max(buckets.repeated_shapes, default=0),
         MODES.index(whole_mode(Runtime(options.platform))),
+        options.align,
     )
+    inputs = replace(inputs, buckets=replace(buckets, align=options.align))
     cache = PrefixCache(pool, layout.num_tables) if options.prefix_caching and not options.recurrent else None
     scheduler = Scheduler(limits, pool, options.page_size, cache, layout.reaches)
     config = EngineConfig.from_options(

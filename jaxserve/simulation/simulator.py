@@ -110,7 +110,7 @@ def _make_engine(cost: CostModel, clock: Clock, recorder: Recorder) -> Engine:
     batch = cost.max_num_seqs, cost.max_num_batched_tokens
     buckets = choose_buckets(cost.platform, *batch, pages_per_slot, cost.page_size, cost.reaches)
     pool = PagePool(cost.num_pages)
-    limits = Limits(*batch, buckets.max_page_updates, token_sizes=buckets.tokens)
+    limits = Limits(*batch, buckets.max_page_updates, token_sizes=buckets.tokens, align=buckets.align)
     cache = PrefixCache(pool, len(cost.windows)) if cost.enable_prefix_caching else None
     scheduler = Scheduler(limits, pool, cost.page_size, cache, cost.reaches)
     runner = SimulatedRunner(cost, buckets, clock, partial(recorder.on_dispatch, scheduler))

@@ -174,9 +174,10 @@ def paged_attention(
         write_slots: where each token's key and value go: page * page_size + offset, as page_tables has it; past the pool for
             a token not in use.
         page_tables: pages of each row, in order; entries past kv_lens are never read.
-        query_start: start of each row's tokens in q; its last entry is the number of tokens in use.
+        query_start: start of each row's tokens in q; its last entry is where the last row in use ends.
         kv_lens: keys of each row, those of its query tokens included; 0 for an unused row.
-        num_single_rows: rows with exactly one token come first; this is how many there are. With T = B there are no others.
+        num_single_rows: rows with exactly one token come first; this is how many there are. With T = B there are no others. Elsewhere
+            than on a TPU the last of them may be unused, so that the others begin at another token.
         sinks: a logit for each head that takes part in the softmax without a value (gpt-oss).
         alibi: a slope for each head: slope * (key position - query position) is added to the logits. In bfloat16, as Falcon
             has it: slope * key position, rounded to bfloat16, is added to q . k before the scale.

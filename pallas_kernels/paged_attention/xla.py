@@ -93,7 +93,7 @@ def paged_attention(
         written: Array = lax.fori_loop(0, _cdiv(end - start, blocks.queries), query_block, out)
         return written
 
-    result: Array = lax.fori_loop(num_single_rows, jnp.sum(kv_lens > 0), row_blocks, out)
+    result: Array = lax.fori_loop(num_single_rows, jnp.sum(query_start[:-1] < query_start[-1]), row_blocks, out)
     return result[:num_tokens]
 
 

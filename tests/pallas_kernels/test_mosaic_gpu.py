@@ -223,6 +223,18 @@ def test_decode(shape: str, options: str, dtype: Any) -> None:
     check(SHAPES[shape], [1] * len(LENGTHS), LENGTHS, LLAMA.rows, dtype=dtype, decode_only=True, **OPTIONS[options])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shares_pages", [False, True])
+def test_rows_of_nobodys_change_nothing(shares_pages: bool) -> None:
+    """Behind the rows with one token; what stands in their tokens' outputs is not said."""
+    case = paged_case(7, LLAMA, [*[1] * 8, 130, 64], [300, 617, *[-1] * 6, 0, 100], tokens=208)
+    case |= {"q": case["q"].astype(jnp.bfloat16), "kv_pages": case["kv_pages"].astype(jnp.bfloat16)}
+    is_used = np.repeat(case["kv_lens"] > 0, np.diff(case["query_start"]))
+    got = np.asarray(mosaic_gpu.paged_attention(**case, scale=0.1, shares_pages=shares_pages), np.float32)
+    want = reference_of(case, jnp.bfloat16)[is_used]
+    assert np.linalg.norm(got[: is_used.size][is_used] - want) < 4e-3 * np.linalg.norm(want)
+
+
 def any_case(seed: int) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Any problem that the kernels serve, of rows with one token and others, and the pages' type and options."""
     rng = np.random.default_rng(seed)
