@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from jaxserve.models.cache_layout import Reach
+from jaxserve.page_keys import PageKey
 from jaxserve.page_pool import PagePool
 from jaxserve.page_table import NO_PAGE, Column, PageTable
-from jaxserve.prefix_cache import PageKey, PrefixCache
+from jaxserve.prefix_cache import PrefixCache
 
 
 class KvPages:

@@ -1,33 +1,11 @@
-"""Which free or held page holds which tokens: a SHA-256 chain over pages of tokens. Shared pages are full, and never written.
-
-The key of a page is SHA-256(key of the page before it, its tokens); the first page's parent is the digest of the request's
-extras (cache_salt, adapter, media). Never Python's hash(), which collides on purpose-made input.
-"""
+"""Which free or held page holds which tokens. Shared pages are full, and never written."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 
+from jaxserve.page_keys import PageKey
 from jaxserve.page_pool import PagePool
-
-PageKey = bytes
-
-
-def root_key(*extras: str) -> PageKey:
-    """The parent of a request's first page: requests with other extras share nothing."""
-    digest = hashlib.sha256()
-    for extra in extras:
-        encoded = extra.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.digest()
-
-
-def page_keys(parent: PageKey, token_ids: Sequence[int], page_size: int) -> list[PageKey]:
-    """The keys of the full pages that hold these tokens after what `parent` stands for."""
-    tokens, size, sha256 = array("i", token_ids).tobytes(), 4 * page_size, hashlib.sha256
-    return [parent := sha256(parent + tokens[i : i + size]).digest() for i in range(0, len(tokens) - size + 1, size)]
 
 
 class PrefixCache:

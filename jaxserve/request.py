@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.outputs import FinishReason, TokenLogprobs
+from jaxserve.page_keys import PageKey, PromptKeys, page_keys, root_key
 from jaxserve.page_table import PageTable
 from jaxserve.plan import (
     FREQUENCY,
@@ -31,7 +32,6 @@ from jaxserve.plan import (
     TOP_P,
     float_bits,
 )
-from jaxserve.prefix_cache import PageKey, page_keys, root_key
 from jaxserve.sampler import MAX_LOGPROBS, Mode
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.shaping import Shaping, host_row
@@ -205,12 +205,14 @@ class Request:
         prompt = self.token_ids[: self.num_prompt_tokens]
         return host_row(vocab_size, prompt, self.output_token_ids, bias, params.allowed_token_ids, self.group.stop_ids)
 
-    def update_page_keys(self, page_size: int) -> None:
+    def update_page_keys(self, page_size: int, prompt_keys: PromptKeys) -> None:
         """Extends page_keys over the full pages of tokens that the host knows."""
         if len(self.token_ids) < (len(self.page_keys) + 1) * page_size:
             return
-        parent = self.page_keys[-1] if self.page_keys else root_key(self.group.cache_salt)
-        self.page_keys += page_keys(parent, self.token_ids[len(self.page_keys) * page_size :], page_size)
+        if self.page_keys:
+            self.page_keys += page_keys(self.page_keys[-1], self.token_ids[len(self.page_keys) * page_size :], page_size)
+        else:
+            self.page_keys = prompt_keys.of(root_key(self.group.cache_salt), self.token_ids)
 
 
 def sampling_mode(params: SamplingParams, shaped: bool) -> Mode:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from jaxserve.kv_pages import KvPages
 from jaxserve.limits import Limits
 from jaxserve.models.cache_layout import Reach
+from jaxserve.page_keys import PromptKeys
 from jaxserve.page_pool import PagePool
 from jaxserve.page_table import PageTable
 from jaxserve.prefix_cache import PrefixCache
@@ -45,6 +46,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._slots = Slots(limits.max_num_seqs)
+        self._prompt_keys = PromptKeys(page_size)
 
     @property
     def num_free_slots(self) -> int:
@@ -115,7 +117,7 @@ class Scheduler:
         """Offers the prefix cache the full pages whose tokens the host knows and whose keys a step has written."""
         if self.prefix_cache is None or request.status is not Status.RUNNING:
             return
-        request.update_page_keys(self.page_size)
+        request.update_page_keys(self.page_size, self._prompt_keys)
         self.pages.record(request.table, request.page_keys[: request.num_computed // self.page_size])
 
     def recompute(self) -> None:
@@ -322,7 +324,7 @@ class Scheduler:
     def _find_prefix(self, request: Request) -> PageTable:
         if self.prefix_cache is None or request.wants_prompt_logprobs:
             return self.pages.find(())
-        request.update_page_keys(self.page_size)
+        request.update_page_keys(self.page_size, self._prompt_keys)
         # The last token is always computed: its logits are wanted.
         return self.pages.find(request.page_keys[: (len(request.token_ids) - 1) // self.page_size])
 

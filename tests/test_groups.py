@@ -16,8 +16,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.cache_layout import Reach
 from jaxserve.models.loading import open_source
 from jaxserve.outputs import RequestOutput
+from jaxserve.page_keys import page_keys, root_key
 from jaxserve.pool_size import longest_request, tokens_held
-from jaxserve.prefix_cache import page_keys, root_key
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.sharding import make_mesh
 from jaxserve.startup import plan_build

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from jaxserve.kv_pages import KvPages
 from jaxserve.models.cache_layout import Reach
+from jaxserve.page_keys import page_keys, root_key
 from jaxserve.page_pool import PagePool
 from jaxserve.page_table import PageTable
-from jaxserve.prefix_cache import PrefixCache, page_keys, root_key
+from jaxserve.prefix_cache import PrefixCache
 
 PAGE, MAX_CHUNK = 4, 10
 TEXTS = [[0] * 40, [0] * 13 + [1] * 27]  # alike for three pages
