@@ -2,9 +2,9 @@
 
 usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096] [--out FILE]
 
-busy_ms is the time in which a kernel or a copy runs, a decode step, from a trace of the engine's own loop; idle_share what is left of
-around_ms, a step's time without a trace, as tracing makes the host slower than the device: the mean of steps before the trace and behind
-it, since contexts grow.
+idle_share is the part of the time from the first kernel to the last in which neither a kernel nor a copy runs, from a trace of the engine's
+own loop. Tracing makes the host slower: where traced_step_ms is above around_ms, a step's time without it, the device waits for the tracing.
+A trace may lack kernels: see events_per_step.
 """
 
 from __future__ import annotations
@@ -108,11 +108,18 @@ def idle_times(decoding: Decoding, steps: int) -> dict[str, float]:
         traced_ms = decoding.step(steps)
         jax.block_until_ready(runner._last_tokens)
     around_ms = (before_ms + decoding.step(steps)) / 2
-    busy_ms = busy_ns(device_intervals(trace)) / 1e6 / (request.num_computed - before)
-    if not busy_ms:
+    intervals = device_intervals(trace)
+    if not intervals:
         return {}
-    times = {"busy_ms": busy_ms, "around_ms": around_ms, "idle_share": 1 - busy_ms / around_ms, "traced_step_ms": traced_ms}
-    return {name: round(time, 4) for name, time in times.items()}
+    window = max(stop for _, stop in intervals) - min(start for start, _ in intervals)
+    found = {
+        "idle_share": 1 - busy_ns(intervals) / window,
+        "window_ms": window / 1e6,
+        "events_per_step": len(intervals) / (request.num_computed - before),
+        "around_ms": around_ms,
+        "traced_step_ms": traced_ms,
+    }
+    return {name: round(x, 4) for name, x in found.items()}
 
 
 def device_intervals(trace: str) -> list[tuple[float, float]]:
