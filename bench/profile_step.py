@@ -2,9 +2,9 @@
 
 usage: python bench/profile_step.py MODEL [--batch 1 64 256] [--context 256] [--prefill 4096 4096] [--out FILE]
 
-idle_share is the part of the time from the first kernel to the last in which neither a kernel nor a copy runs, from a trace of the engine's
-own loop. Tracing makes the host slower: where traced_step_ms is above around_ms, a step's time without it, the device waits for the tracing.
-A trace may lack kernels: see events_per_step.
+idle_share is the part of the time in which neither a kernel nor a copy runs, from the middle eight tenths of a trace of the engine's own loop: the
+device has been drained before the trace begins. Of the whole trace it is idle_share_whole. Tracing makes the host slower: where traced_step_ms
+is above around_ms, a step's time without it, the device may wait for the tracing.
 """
 
 from __future__ import annotations
@@ -107,15 +107,17 @@ def idle_times(decoding: Decoding, steps: int) -> dict[str, float]:
     with jax.profiler.trace(trace, profiler_options=options):
         traced_ms = decoding.step(steps)
         jax.block_until_ready(runner._last_tokens)
+    traced = request.num_computed - before
     around_ms = (before_ms + decoding.step(steps)) / 2
     intervals = device_intervals(trace)
     if not intervals:
         return {}
-    window = max(stop for _, stop in intervals) - min(start for start, _ in intervals)
+    begin, end = min(start for start, _ in intervals), max(stop for _, stop in intervals)
+    tenth = (end - begin) / 10
     found = {
-        "idle_share": 1 - busy_ns(intervals) / window,
-        "window_ms": window / 1e6,
-        "events_per_step": len(intervals) / (request.num_computed - before),
+        "idle_share": idle_share(intervals, begin + tenth, end - tenth),
+        "idle_share_whole": idle_share(intervals, begin, end),
+        "events_per_step": len(intervals) / traced,
         "around_ms": around_ms,
         "traced_step_ms": traced_ms,
     }
@@ -127,13 +129,14 @@ def device_intervals(trace: str) -> list[tuple[float, float]]:
     return [(e.start_ns, e.start_ns + e.duration_ns) for line in gpu_streams(trace) for e in line.events]
 
 
-def busy_ns(intervals: list[tuple[float, float]]) -> float:
-    """How long at least one of the intervals lasts."""
-    busy, end = 0.0, 0.0
+def idle_share(intervals: list[tuple[float, float]], begin: float, end: float) -> float:
+    """The part of the time from begin to end in which none of the intervals lasts."""
+    busy, at = 0.0, begin
     for start, stop in sorted(intervals):
-        busy += max(stop - max(start, end), 0.0)
-        end = max(end, stop)
-    return busy
+        stop = min(stop, end)
+        busy += max(stop - max(start, at), 0.0)
+        at = max(at, stop)
+    return 1 - busy / (end - begin)
 
 
 def device_times(llm: LLM, rows: list[tuple[int, int]], trace: str | None = None) -> dict[str, float]:

@@ -20,7 +20,7 @@ def choose_config(head_dim: int, num_bits: int) -> DecodeConfig:
         if head_dim <= 128:
             return DecodeConfig(stages=4, registers=(88, 168))
         return DecodeConfig(stages=3, pairs=1, registers=(104, 248))
-    return {64: DecodeConfig(stages=6), 128: DecodeConfig(), 256: DecodeConfig(pairs=1, registers=(40, 248))}[head_dim]
+    return {64: DecodeConfig(stages=6), 128: DecodeConfig(stages=2), 256: DecodeConfig(pairs=1, registers=(40, 248))}[head_dim]
 
 
 def decode(
