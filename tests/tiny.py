@@ -155,10 +155,10 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
         options.max_num_batched_tokens,
         updates,
         sizes,
-        options.num_steps,
-        max(buckets.repeated_shapes, default=0),
-        MODES.index(whole_mode(Runtime(options.platform))),
-        options.align,
+        num_steps=options.num_steps,
+        repeated_rows=max(buckets.repeated_shapes, default=0),
+        repeated_mode_rank=MODES.index(whole_mode(Runtime(options.platform))),
+        align=options.align,
     )
     inputs = replace(inputs, buckets=replace(buckets, align=options.align))
     cache = PrefixCache(pool, layout.num_tables) if options.prefix_caching and not options.recurrent else None
