@@ -141,10 +141,11 @@ def _tokens(
         if noise is None:
             place, best = draw(logits, cuts.scale, least, is_drawn, _row_keys(samples))
         else:
+            raw = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # no order is above it but that of NaN: it is kept, or nothing is
             # A choice, so that no compiler adds the noise within the product: every mode must round alike.
-            scaled = jnp.where(is_drawn[:, None], logits * cuts.scale[:, None], logits)
+            scaled = jnp.where(is_drawn[:, None], raw * cuts.scale[:, None], raw)
             kept = jnp.where(order_of(scaled) >= least[:, None], scaled, -jnp.inf)
-            place, best = _find_largest(jnp.where(is_drawn[:, None], kept + noise, logits))
+            place, best = _find_largest(jnp.where(is_drawn[:, None], kept + noise, raw))
     return jnp.where(jnp.isfinite(best), place, NO_TOKEN)
 
 

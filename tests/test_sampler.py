@@ -218,6 +218,22 @@ def test_the_noise_is_threefry() -> None:
         np.testing.assert_array_equal(words, threefry_2x32(key, np.concatenate([counter, np.zeros_like(counter)]))[:100])
 
 
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_logits_that_are_not_finite_give_their_row_no_token(mode: Mode) -> None:
+    """NaN of either sign, wherever it is, infinity, or all banned; whatever is asked."""
+    asked = [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.5, min_p=0.1)]
+    logits = np.random.default_rng(2).standard_normal((4 * 6, V)).astype(np.float32)
+    for i, params in enumerate(asked):
+        bad = logits[6 * i : 6 * i + 5]
+        bad[0, 0], bad[1, V - 1], bad[2, 7], bad[3], bad[4] = np.nan, -np.float32(np.nan), np.inf, -np.inf, np.nan
+        asked[i] = params if mode is not Mode.GREEDY else asked[0]
+    fields = rows([params for params in asked for _ in range(6)])
+    state = zeros(len(logits)) if mode.needs_shaping else None
+    tokens = np.asarray(draw(logits, fields, mode, state)["tokens"]).reshape(4, 6)
+    assert (tokens[:, :5] == sampler.NO_TOKEN).all()
+    assert (tokens[:, 5] >= 0).all()
+
+
 @pytest.mark.parametrize("size", [5, 256, 1000])
 def test_the_largest_is_where_argmax_has_it(size: int) -> None:
     """The first of equal ones, across tiles too; NaN is as infinite; and something where all are banned."""

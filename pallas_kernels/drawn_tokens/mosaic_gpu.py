@@ -61,6 +61,7 @@ def _largest_of_chunk(logits: Any, scale: Any, words: Any, values: Any, places: 
     place = plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=LAYOUT)
 
     def write(value: Any) -> None:
+        """Gives the largest value(numbers, place of the first) and the first place that has it. All threads store the same: none can alone."""
         best, where = _line(-jnp.inf, jnp.float32), _line(0, jnp.int32)
         for x, start, at in zip(lines, starts, begins, strict=True):
             v = jnp.where(place >= start - at, value(jnp.where(jnp.isnan(x), jnp.inf, x), at), -jnp.inf)
