@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_page_updates: int
+    _: KW_ONLY
     token_sizes: tuple[int, ...] = ()
     num_steps: int = 1
     repeated_rows: int = 0

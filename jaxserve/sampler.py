@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxserve.pallas_kernels.drawn_tokens import draw, draws_by_kernel, gumbel
+from jaxserve.pallas_kernels.drawn_tokens import find_kernel, gumbel
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept, order_of
 from jaxserve.pallas_kernels.paged_attention import Implementation
 from jaxserve.plan import (
@@ -82,9 +82,7 @@ def sample(
     if is_branching:
         tokens = _tokens_as_needed(raw, samples, shaping, implementation)
     else:
-        has_noise = mode is not Mode.GREEDY and not draws_by_kernel(implementation, raw.shape[1])
-        noise = _noise(samples, raw.shape[1]) if has_noise else None
-        tokens = _tokens(raw, samples, shaping, noise, mode=mode, implementation=implementation)
+        tokens = _tokens(raw, samples, shaping, mode=mode, implementation=implementation)
     if shaping is not None:
         shaping = count_tokens(shaping, tokens, samples)
     outputs = {"tokens": tokens}
@@ -110,7 +108,7 @@ def _tokens_as_needed(
         tokens: Array = lax.switch(needed - 1, branches, raw, samples, shaping, _noise(samples, raw.shape[1]))
         return tokens
 
-    tokens: Array = lax.cond(needed > 0, drawn, lambda: _tokens(raw, samples, shaping, None, mode=Mode.GREEDY))
+    tokens: Array = lax.cond(needed > 0, drawn, lambda: _tokens(raw, samples, shaping, mode=Mode.GREEDY))
     return tokens
 
 
@@ -125,36 +123,46 @@ def _tokens(
     raw: Float[Array, "S V"],
     samples: Int[Array, "S fields"],
     shaping: Shaping | None,
-    noise: Float[Array, "S V"] | None,
+    noise: Float[Array, "S V"] | None = None,
     *,
     mode: Mode,
     implementation: Implementation = "xla",
 ) -> Int[Array, " S"]:
-    """The rows' tokens; NO_TOKEN where the best logit is not finite. Without noise the kernel makes it, if the mode wants it."""
+    """The rows' tokens; NO_TOKEN where the best logit is not finite.
+
+    Args:
+        noise: where it is not to be made here, in a branch.
+    """
     logits = shape_logits(raw, shaping, samples) if shaping is not None and mode.needs_shaping else raw
     if mode is Mode.GREEDY:
-        place, best = _find_largest(logits)
+        place, best = _find_largest(_infinite_nan(logits))
     else:
         cuts, is_drawn = cuts_of(samples), bits_to_float(samples[:, TEMPERATURE]) > 0
         keeps_all = jnp.full(logits.shape[:1], np.iinfo(np.int32).min, jnp.int32)
         least = keeps_all if mode is Mode.PLAIN else least_kept(logits, cuts, implementation)
-        if noise is None:
+        if (draw := find_kernel(implementation, logits.shape[1])) is not None:
             place, best = draw(logits, cuts.scale, least, is_drawn, _row_keys(samples))
         else:
-            raw = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # no order is above it but that of NaN: it is kept, or nothing is
+            noise = _noise(samples, logits.shape[1]) if noise is None else noise
+            logits = _infinite_nan(logits)
             # A choice, so that no compiler adds the noise within the product: every mode must round alike.
-            scaled = jnp.where(is_drawn[:, None], raw * cuts.scale[:, None], raw)
+            scaled = jnp.where(is_drawn[:, None], logits * cuts.scale[:, None], logits)
             kept = jnp.where(order_of(scaled) >= least[:, None], scaled, -jnp.inf)
-            place, best = _find_largest(jnp.where(is_drawn[:, None], kept + noise, raw))
+            place, best = _find_largest(jnp.where(is_drawn[:, None], kept + noise, logits))
     return jnp.where(jnp.isfinite(best), place, NO_TOKEN)
 
 
+def _infinite_nan(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
+    """The numbers, with infinity for NaN: XLA for CPUs overlooks NaN in a maximum, and its order may be below a threshold."""
+    return jnp.where(jnp.isnan(x), jnp.inf, x)
+
+
 def _find_largest(x: Float[Array, "S V"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
-    """Where each row's largest number is, the first of equals, and the number. NaN counts as infinite: XLA for CPUs overlooks it.
+    """Where each row's largest number is, the first of equals, and the number.
 
     The largest of each tile comes first: XLA finds it as fast as it reads, and takes several times as long where it is to keep places.
     """
-    tiles = _in_tiles(jnp.where(jnp.isnan(x), jnp.inf, x), _LARGE_TILE)
+    tiles = _in_tiles(x, _LARGE_TILE)
     highest = jnp.max(tiles, axis=-1)
     tile = jnp.argmax(highest, axis=-1).astype(jnp.int32)[:, None]
     place = jnp.argmax(jnp.take_along_axis(tiles, tile[..., None], axis=1)[:, 0], axis=-1)

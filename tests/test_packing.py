@@ -21,7 +21,7 @@ from jaxserve.step_plan import StepPlan
 PAGE = 16
 SLOTS = 24
 BUCKETS = choose_buckets("gpu", SLOTS, 2048, pages_per_slot=64, page_size=PAGE)
-LIMITS = Limits(SLOTS, BUCKETS.tokens[-1], BUCKETS.max_page_updates, BUCKETS.tokens, BUCKETS.align)
+LIMITS = Limits(SLOTS, BUCKETS.tokens[-1], BUCKETS.max_page_updates, token_sizes=BUCKETS.tokens, align=BUCKETS.align)
 
 
 def add(scheduler: Scheduler, order: int, length: int) -> Request:

@@ -154,7 +154,7 @@ def tiny_engine(tokenizer: Any = None, observer: Any = None, **changes: Any) -> 
         options.max_num_seqs,
         options.max_num_batched_tokens,
         updates,
-        sizes,
+        token_sizes=sizes,
         num_steps=options.num_steps,
         repeated_rows=max(buckets.repeated_shapes, default=0),
         repeated_mode_rank=MODES.index(whole_mode(Runtime(options.platform))),

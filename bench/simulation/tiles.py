@@ -44,9 +44,8 @@ def work_list(packed: jax.Array, shape: PlanShape) -> tuple[jax.Array, jax.Array
 
 def count(case: dict[str, Any], out_len: int, align: int) -> dict[str, Any]:
     """The steps that have prompts' tokens; nothing ends meanwhile."""
-    scheduler = Scheduler(
-        Limits(SLOTS, MAX_TOKENS, BUCKETS.max_page_updates, BUCKETS.tokens, align=align), PagePool(40_000), PAGE
-    )
+    limits = Limits(SLOTS, MAX_TOKENS, BUCKETS.max_page_updates, token_sizes=BUCKETS.tokens, align=align)
+    scheduler = Scheduler(limits, PagePool(40_000), PAGE)
     packer = Packer(replace(BUCKETS, align=align), SLOTS)
     for order in range(case["batch"]):
         group = RequestGroup(str(order), [0] * case["in_len"], SamplingParams(), max_output_tokens=out_len, stop_ids=frozenset())

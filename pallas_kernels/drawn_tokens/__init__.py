@@ -1,6 +1,6 @@
 """The token that each row's distribution gives: noise whose largest sum with the logits is a draw."""
 
-from jaxserve.pallas_kernels.drawn_tokens.api import draw, draws_by_kernel
+from jaxserve.pallas_kernels.drawn_tokens.api import find_kernel
 from jaxserve.pallas_kernels.drawn_tokens.noise import gumbel, threefry
 
-__all__ = ["draw", "draws_by_kernel", "gumbel", "threefry"]
+__all__ = ["find_kernel", "gumbel", "threefry"]

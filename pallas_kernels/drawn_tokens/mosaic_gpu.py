@@ -11,19 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.pallas_kernels.drawn_tokens.noise import gumbel
 from jaxserve.pallas_kernels.kept_tokens import order_of
+from jaxserve.pallas_kernels.kept_tokens.mosaic_gpu import LAYOUT, LINE, THREADS, line, serves
 
 plgpu: Any = _mosaic_gpu  # not typed
 
-THREADS = 128
-LINE = 4 * THREADS  # numbers that are one array here: Python takes as long for one of fewer
+__all__ = ["draw", "serves"]  # what thresholds are found for is drawn from: there counts are float32, here places
+
 LINES = 8  # of a thread block
-LAYOUT = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
 OUT_LAYOUT = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
-
-
-def serves(vocab_size: int) -> bool:
-    """Whether the kernel takes rows of so many logits: places are compared as float32."""
-    return LINE <= vocab_size < 2**24
 
 
 def draw(
@@ -33,7 +28,15 @@ def draw(
     is_drawn: Bool[Array, " S"],
     keys: Int[Array, "S 2"],
 ) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
-    """See api.draw."""
+    """Where each row's largest number is, the first of equals, and the number; NaN counts as infinite.
+
+    Args:
+        logits: float32.
+        scale: one over the temperature.
+        least: tokens of a smaller order_of(logits * scale) are not drawn.
+        is_drawn: rows compared as logits * scale + gumbel noise; the others as they are.
+        keys: the words of each row's key for the noise.
+    """
     rows, vocab_size = logits.shape
     chunks = -(-vocab_size // (LINES * LINE))
     words = jnp.concatenate([keys, least[:, None], is_drawn[:, None].astype(jnp.int32)], axis=1)
@@ -62,7 +65,7 @@ def _largest_of_chunk(logits: Any, scale: Any, words: Any, values: Any, places: 
 
     def write(value: Any) -> None:
         """Gives the largest value(numbers, place of the first) and the first place that has it. All threads store the same: none can alone."""
-        best, where = _line(-jnp.inf, jnp.float32), _line(0, jnp.int32)
+        best, where = line(jnp.float32(-jnp.inf)), line(jnp.int32(0))
         for x, start, at in zip(lines, starts, begins, strict=True):
             v = jnp.where(place >= start - at, value(jnp.where(jnp.isnan(x), jnp.inf, x), at), -jnp.inf)
             is_better = v > best
@@ -82,12 +85,7 @@ def _largest_of_chunk(logits: Any, scale: Any, words: Any, values: Any, places: 
 
         def drawn(x: jax.Array, at: jax.Array) -> jax.Array:
             x = x * factor
-            noise = gumbel(_line(key0, jnp.int32), _line(key1, jnp.int32), place + at)
+            noise = gumbel(line(key0), line(key1), place + at)
             return jnp.where(order_of(x) >= least, x + noise, -jnp.inf)
 
         write(drawn)
-
-
-def _line(x: Any, dtype: Any) -> jax.Array:
-    line: jax.Array = plgpu.layout_cast(jnp.full((LINE,), x, dtype), LAYOUT)
-    return line

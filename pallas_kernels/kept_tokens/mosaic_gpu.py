@@ -170,7 +170,7 @@ def _search_row(logits: Any, fields: Any, out: Any, kept: Any) -> None:
     is_searched = has_k | has_p
 
     def write(order: jax.Array) -> None:
-        out.at[index][...] = _line(order)
+        out.at[index][...] = line(order)
 
     @pl.when(~is_searched & ~(log_min_p > -jnp.inf))
     def _() -> None:
@@ -223,7 +223,7 @@ def _read(row: _Row) -> tuple[list[jax.Array], list[jax.Array]]:
                 tops[lane] = top
         return tops, sums
 
-    tops, sums = row.fold(add, ([_line(jnp.float32(FLOAT_LEAST))] * LANES, [_line(jnp.float32(0))] * LANES))
+    tops, sums = row.fold(add, ([line(jnp.float32(FLOAT_LEAST))] * LANES, [line(jnp.float32(0))] * LANES))
     return tops, sums
 
 
@@ -289,7 +289,7 @@ def _keep(row: _Row, kept: Any, top: jax.Array, bound: jax.Array) -> tuple[jax.A
             total += jnp.exp(x - top)
         return count, total
 
-    count, total = row.fold(add, (_line(jnp.int32(0)), _line(jnp.float32(0))))
+    count, total = row.fold(add, (line(jnp.int32(0)), line(jnp.float32(0))))
     most = lax.div(jnp.max((count + (EACH - 1)).astype(jnp.float32)).astype(jnp.int32), EACH)
     return most, count, jnp.sum(total)
 
@@ -306,7 +306,7 @@ def _sums(
             acc = [a + jnp.where(order >= c, weight, 0.0) for a, c in zip(acc, candidates, strict=True)]
         return acc
 
-    found: list[jax.Array] = fold(add, [_line(jnp.float32(0))] * len(candidates))
+    found: list[jax.Array] = fold(add, [line(jnp.float32(0))] * len(candidates))
     return found
 
 
@@ -330,7 +330,7 @@ def _threshold(
     return jnp.maximum(kth, nucleus)
 
 
-def _line(x: Any) -> jax.Array:
+def line(x: Any) -> jax.Array:
     """The number for every thread. Registers' bits can be read as another type only in this form."""
-    line: jax.Array = plgpu.layout_cast(jnp.broadcast_to(x, (LINE,)), LAYOUT)
-    return line
+    numbers: jax.Array = plgpu.layout_cast(jnp.broadcast_to(x, (LINE,)), LAYOUT)
+    return numbers

@@ -22,7 +22,7 @@ from jaxserve.build import Build
 from jaxserve.compiling import compile_program
 from jaxserve.models.layers.mlp import ACTIVATIONS, IN_KERNELS
 from jaxserve.pallas_kernels.collectives import all_reduce_normed
-from jaxserve.pallas_kernels.drawn_tokens import draw
+from jaxserve.pallas_kernels.drawn_tokens.mosaic_gpu import draw
 from jaxserve.pallas_kernels.kept_tokens import Cuts, least_kept
 from jaxserve.pallas_kernels.paged_attention.mosaic_gpu_rope import rotate_and_write
 from jaxserve.pallas_kernels.quantized_rows import mosaic_gpu as quantized_rows

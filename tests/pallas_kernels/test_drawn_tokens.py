@@ -24,6 +24,7 @@ ASKED = [
     SamplingParams(temperature=0.01, min_p=0.1),
 ]
 KINDS = ["normal", "ties", "banned", "equal", "one left"]
+LEAST_KEPT = sampler.least_kept
 
 
 def fields_of(rows: int, seed: int) -> jax.Array:
@@ -67,11 +68,8 @@ def every_case(vocab: int, seed: int) -> np.ndarray:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the two kernels the one that draws; and thread blocks of few tokens."""
     monkeypatch.setattr(mosaic_gpu, "LINES", 2)
-    monkeypatch.setattr(sampler, "least_kept", lambda logits, cuts, _: sampler_least(logits, cuts, "xla"))
+    monkeypatch.setattr(sampler, "least_kept", lambda logits, cuts, _: LEAST_KEPT(logits, cuts, "xla"))
     monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
-
-
-sampler_least = sampler.least_kept
 
 
 @pytest.mark.usefixtures("interpreted")
